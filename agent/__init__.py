@@ -1,0 +1,3 @@
+"""A model cache for one node: downloads once, proves every byte, publishes with one rename."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,55 @@
+"""Numbers of a file system and of the device under it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from agent.files import disk_errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """Bytes of one file system. `free` is what an unprivileged process may still write."""
+
+    capacity: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Counters of one block device since boot; seconds are those the device was busy reading."""
+
+    read_bytes: int
+    written_bytes: int
+    read_seconds: float
+    write_seconds: float
+
+
+def space(root: Path) -> Space:
+    """Capacity without the blocks reserved for root: used + free adds up to it, as in `df`."""
+    with disk_errors(f"look at the file system of {root}"):
+        found = os.statvfs(root)
+    reserved = (found.f_bfree - found.f_bavail) * found.f_frsize
+    return Space(
+        capacity=found.f_blocks * found.f_frsize - reserved, free=found.f_bavail * found.f_frsize
+    )
+
+
+def traffic(root: Path) -> tuple[str, Traffic] | None:
+    """The device that holds `root` and its counters; None where there is no such device (tmpfs)."""
+    number = root.stat().st_dev
+    link = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not link.exists():
+        return None
+    device = link.resolve().name
+    found = psutil.disk_io_counters(perdisk=True, nowrap=False).get(device)
+    if found is None:
+        return None
+    return device, Traffic(
+        read_bytes=found.read_bytes,
+        written_bytes=found.write_bytes,
+        read_seconds=found.read_time / 1000,
+        write_seconds=found.write_time / 1000,
+    )

@@ -1,0 +1,98 @@
+"""The verbs of a file system that a crash cannot tear: what `store` is written in.
+
+The seam to the outside world of the store. Each verb is one step between two of which a machine can
+die; the crash tests run the store on a subclass that dies at every one of them.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent.errors import AgentError, Reason
+
+_REASONS = {
+    errno.ENOSPC: Reason.DISK_FULL,
+    errno.EDQUOT: Reason.DISK_FULL,
+    errno.EROFS: Reason.READ_ONLY,
+    errno.EACCES: Reason.PERMISSION_DENIED,
+    errno.EPERM: Reason.PERMISSION_DENIED,
+    errno.EIO: Reason.DISK_ERROR,
+    errno.ESTALE: Reason.DISK_ERROR,
+    errno.EUCLEAN: Reason.DISK_ERROR,
+    errno.ENAMETOOLONG: Reason.UNSAFE_PATH,
+}
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Map the OSErrors of a disk to reasons. `what` was being done, for the message."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, Reason.DISK_ERROR)
+        raise AgentError(reason, f"cannot {what}: {error.strerror or error}") from error
+
+
+def version_of(found: os.stat_result) -> str:
+    """A token for exactly the bytes a file has now, as far as a file system can tell."""
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
+
+
+class Files:
+    """The real file system."""
+
+    def make_directory(self, path: Path, mode: int) -> None:
+        """Make one directory, parents present, with exactly this mode whatever the umask."""
+        try:
+            path.mkdir(mode)
+        except FileExistsError:
+            if path.is_symlink() or not path.is_dir():
+                raise
+        else:
+            path.chmod(mode)
+
+    def write(self, path: Path, data: bytes, mode: int) -> None:
+        """Write a whole file under a name that nobody reads yet, and fsync it.
+
+        Any previous attempt under that name is replaced, never continued.
+        """
+        path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomic. Replaces a file, or an empty directory."""
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory survive a power cut."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove_tree(self, path: Path) -> None:
+        """Unlink a tree that nobody may be reading. Follows no symlink (rmtree does not)."""
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            shutil.rmtree(path)
+
+    def replace_file(self, path: Path, data: bytes, mode: int) -> None:
+        """Replace a small file so that a reader sees the old text or the new, after a crash too."""
+        aside = path.with_name(f".{path.name}.new")
+        self.write(aside, data, mode)
+        self.rename(aside, path)
+        self.sync_directory(path.parent)

@@ -1,0 +1,269 @@
+"""What files cannot hold: last use, uses and the failures in a row. SQLite, through sqlite-utils.
+
+An index, never the truth (design D1): it is checked at start, moved aside when damaged, and filled
+again from the manifests. All statements run on one thread that owns the only connection, so there
+are no locks, and the event loop never waits for a disk.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from sqlite_utils import Database, Migrations
+
+from agent.errors import Reason
+from agent.model import Attempt, CacheKey, Entry
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+migrations = Migrations("localmodel-index")
+
+
+@migrations()
+def models_and_attempts(db: Database) -> None:
+    db.execute(
+        """
+        create table models (
+            key text primary key,
+            uri text not null,
+            revision text not null,
+            fingerprint text not null,
+            bytes integer not null,
+            sealed_at real not null,
+            last_used real not null,
+            uses integer not null default 0
+        ) strict
+        """
+    )
+    # The least recently used first, as eviction asks for them.
+    db.execute("create index models_lru on models (last_used, sealed_at, key)")
+    db.execute(
+        """
+        create table attempts (
+            key text primary key,
+            count integer not null,
+            reason text not null,
+            message text not null,
+            retry_at real not null
+        ) strict
+        """
+    )
+
+
+class Index:
+    """The index of one volume. Every coroutine is one transaction.
+
+    `rebuild` gives the entries that the manifests speak of; it is asked, on the index's own
+    thread, whenever the file is new or had to be thrown away.
+    """
+
+    def __init__(self, path: Path, rebuild: Callable[[], Iterable[Entry]]) -> None:
+        self._path = path
+        self._rebuild = rebuild
+        self._db: Database | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="index")
+
+    async def open(self) -> None:
+        """Open, check, migrate; begin anew when the file is damaged."""
+        await self._call(self._ready)
+
+    async def close(self) -> None:
+        await self._call(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def adopt(self, entries: Iterable[Entry]) -> None:
+        """Make the rows those of the sealed models, keeping what is known of their use."""
+        await self._run(partial(_adopt, list(entries)))
+
+    async def record_seal(self, entry: Entry) -> None:
+        def statement(db: Database) -> None:
+            _upsert(db, entry)
+            _forgive(db, entry.key)
+
+        await self._note(statement)
+
+    async def record_use(self, key: CacheKey, when: float) -> None:
+        """One use. `when` is Unix seconds; time does not run backwards for an entry."""
+        await self._note(
+            lambda db: db.execute(
+                "update models set uses = uses + 1, last_used = max(last_used, ?) where key = ?",
+                [when, key],
+            )
+        )
+
+    async def record_gone(self, key: CacheKey) -> None:
+        await self._note(lambda db: db.execute("delete from models where key = ?", [key]))
+
+    async def record_attempt(self, attempt: Attempt) -> None:
+        row = {
+            "key": attempt.key,
+            "count": attempt.count,
+            "reason": attempt.reason.value,
+            "message": attempt.message,
+            "retry_at": attempt.retry_at,
+        }
+        await self._note(lambda db: db.table("attempts").upsert(row, pk="key"))
+
+    async def forgive(self, key: CacheKey) -> None:
+        """Forget the failures of a key."""
+        await self._note(lambda db: _forgive(db, key))
+
+    async def attempts(self) -> dict[CacheKey, Attempt]:
+        return await self._run(_attempts)
+
+    async def last_uses(self) -> dict[CacheKey, float]:
+        """Unix seconds of the last use of each sealed model."""
+        return await self._run(
+            lambda db: {
+                CacheKey(key): used
+                for key, used in db.execute("select key, last_used from models").fetchall()
+            }
+        )
+
+    # -- the one thread -------------------------------------------------------------------------
+
+    async def _note(self, statement: Callable[[Database], object]) -> None:
+        """A write that is worth a log line when it fails, and nothing more: files are the truth."""
+        try:
+            await self._run(statement)
+        except sqlite3.DatabaseError as error:
+            _log.warning("cannot write the index %s: %s", self._path, error)
+
+    async def _run(self, statement: Callable[[Database], _T]) -> _T:
+        return await self._call(partial(self._transaction, statement))
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _transaction(self, statement: Callable[[Database], _T]) -> _T:
+        db = self._ready()
+        try:
+            with db.atomic():
+                return statement(db)
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            # Somebody wrote into the file, or the disk failed. One new file, one more try; a
+            # second failure is the disk's and not the file's.
+            self._throw_away(error)
+            with self._ready().atomic():
+                return statement(self._ready())
+
+    def _ready(self) -> Database:
+        if self._db is None:
+            try:
+                self._db = self._connect()
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                self._throw_away(error)
+                self._db = self._connect()
+        return self._db
+
+    def _connect(self) -> Database:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            db = Database(connection)
+            problems = [row[0] for row in db.execute("pragma quick_check").fetchall()]
+            if problems != ["ok"]:
+                raise _damage("; ".join(problems[:3]))
+            db.execute("pragma journal_mode = wal")
+            # A lost last transaction costs a last use; a damaged file costs a rebuild. Neither is
+            # worth an fsync on every hit.
+            db.execute("pragma synchronous = normal")
+            migrations.apply(db)
+            with db.atomic():
+                _adopt(list(self._rebuild()), db)
+        except BaseException:
+            connection.close()
+            raise
+        return db
+
+    def _throw_away(self, error: sqlite3.DatabaseError) -> None:
+        self._close()
+        aside = self._path.with_name(f"{self._path.name}.damaged-{int(time.time())}")
+        _log.error(
+            "the index is damaged (%s); it is kept as %s and rebuilt from the manifests",
+            error,
+            aside,
+        )
+        for suffix in ("", "-wal", "-shm"):
+            part = Path(f"{self._path}{suffix}")
+            if part.exists():
+                part.replace(f"{aside}{suffix}")
+
+    def _close(self) -> None:
+        if self._db is not None:
+            self._db.conn.close()
+            self._db = None
+
+
+def _damage(message: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(message)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Not a full disk, and not a lock: those pass, and must not cost us the file."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _adopt(entries: list[Entry], db: Database) -> None:
+    keys = {entry.key for entry in entries}
+    for (key,) in db.execute("select key from models").fetchall():
+        if key not in keys:
+            db.execute("delete from models where key = ?", [key])
+    for entry in entries:
+        _upsert(db, entry)
+
+
+def _upsert(db: Database, entry: Entry) -> None:
+    """Insert, or bring up to date: uses stay, and the later of the two last uses counts."""
+    db.execute(
+        """
+        insert into models (key, uri, revision, fingerprint, bytes, sealed_at, last_used)
+        values (?, ?, ?, ?, ?, ?, ?)
+        on conflict (key) do update set
+            uri = excluded.uri, revision = excluded.revision, fingerprint = excluded.fingerprint,
+            bytes = excluded.bytes, sealed_at = excluded.sealed_at,
+            last_used = max(last_used, excluded.last_used)
+        """,
+        [
+            entry.key,
+            entry.ref.uri,
+            entry.revision,
+            entry.fingerprint,
+            entry.bytes,
+            entry.sealed_at,
+            entry.last_used,
+        ],
+    )
+
+
+def _forgive(db: Database, key: CacheKey) -> None:
+    db.execute("delete from attempts where key = ?", [key])
+
+
+def _attempts(db: Database) -> dict[CacheKey, Attempt]:
+    rows = cast("list[dict[str, Any]]", list(db.query("select * from attempts")))
+    known = {reason.value for reason in Reason}
+    return {
+        CacheKey(row["key"]): Attempt(
+            key=CacheKey(row["key"]),
+            count=row["count"],
+            reason=Reason(row["reason"]),
+            message=row["message"],
+            retry_at=row["retry_at"],
+        )
+        for row in rows
+        if row["reason"] in known  # a newer version's word means nothing here: just try again
+    }

@@ -1,0 +1,176 @@
+"""The manifest: what a sealed model is, as a text that `sha256sum -c` understands.
+
+    # localmodel manifest 1
+    # uri hf://owner/name
+    # revision 0a1b...
+    # include *.safetensors            (one line a pattern; none: everything)
+    # sealed 2026-11-21T07:35:20Z
+    # file 1280 git-sha1:95d0... config.json      (size, what the source promised or -, path)
+    <sha256>  config.json
+
+Comment lines are skipped by coreutils. The digest lines are sorted by path, as bytes; the
+*fingerprint* is the SHA-256 of them alone, so the same bytes have the same fingerprint wherever
+they came from. The text round-trips: `parse(render(m)) == m`.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from agent.errors import AgentError, Reason
+from agent.layout import check_paths
+from agent.model import Digest, Entry, Listing, ModelRef, RemoteFile
+
+_HEADER = "# localmodel manifest 1"
+_DIGEST_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_FILE_LINE = re.compile(r"(\d+) (-|(sha256|git-sha1):([0-9a-f]{40,64})) (.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedFile:
+    """One proven file: the SHA-256 we computed, and what the source had promised, if anything."""
+
+    path: str
+    size: int
+    sha256: str
+    promised: Digest | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A sealed model. `sealed_at` is whole Unix seconds."""
+
+    ref: ModelRef
+    revision: str
+    sealed_at: int
+    files: tuple[SealedFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256:<hex>` of the digest lines."""
+        return f"sha256:{hashlib.sha256(self._digest_lines().encode()).hexdigest()}"
+
+    def _digest_lines(self) -> str:
+        return "".join(f"{file.sha256}  {file.path}\n" for file in self.files)
+
+    def entry(self, *, last_used: float) -> Entry:
+        return Entry(
+            ref=self.ref,
+            revision=self.revision,
+            fingerprint=self.fingerprint,
+            bytes=self.bytes,
+            files=len(self.files),
+            sealed_at=float(self.sealed_at),
+            last_used=last_used,
+        )
+
+    def listing(self) -> Listing:
+        """The listing that would fetch these very bytes again: for a repair.
+
+        The promise is our own SHA-256, which holds for every source; the source's own was checked
+        against the same bytes when they were sealed.
+        """
+        return Listing(
+            ref=self.ref,
+            revision=self.revision,
+            files=tuple(
+                RemoteFile(
+                    path=file.path,
+                    size=file.size,
+                    origin="",
+                    digest=Digest("sha256", file.sha256),
+                )
+                for file in self.files
+            ),
+        )
+
+
+def seal(listing: Listing, sha256: dict[str, str], *, sealed_at: int) -> Manifest:
+    """The manifest of a listing whose every file was proven; `sha256` is by path."""
+    files = (
+        SealedFile(path=file.path, size=file.size, sha256=sha256[file.path], promised=file.digest)
+        for file in listing.files
+    )
+    return Manifest(
+        ref=listing.ref,
+        revision=listing.revision,
+        sealed_at=sealed_at,
+        files=tuple(sorted(files, key=lambda file: file.path.encode())),
+    )
+
+
+def render(manifest: Manifest) -> str:
+    """The text on disk."""
+    comments = [
+        _HEADER,
+        f"# uri {_one_line(manifest.ref.uri)}",
+        f"# revision {_one_line(manifest.revision)}",
+        *(f"# include {_one_line(pattern)}" for pattern in manifest.ref.include),
+        *(f"# exclude {_one_line(pattern)}" for pattern in manifest.ref.exclude),
+        f"# sealed {datetime.fromtimestamp(manifest.sealed_at, UTC):%Y-%m-%dT%H:%M:%SZ}",
+        *(f"# file {file.size} {file.promised or '-'} {file.path}" for file in manifest.files),
+    ]
+    return "\n".join(comments) + "\n" + manifest._digest_lines()
+
+
+def parse(text: str) -> Manifest:
+    """The reverse of `render`. Raises InvalidSpec for anything that is not a whole manifest."""
+    if not text.startswith(_HEADER + "\n") or not text.endswith("\n"):
+        raise _invalid("it does not begin or end like one")
+    fields: dict[str, list[str]] = {}
+    digests: dict[str, str] = {}
+    # Only \n ends a line: str.splitlines would also split at characters that a path may hold.
+    for line in text[:-1].split("\n")[1:]:
+        if line.startswith("# "):
+            name, _, value = line[2:].partition(" ")
+            fields.setdefault(name, []).append(value)
+        elif match := _DIGEST_LINE.fullmatch(line):
+            digests[match[2]] = match[1]
+        else:
+            raise _invalid(f"line {line[:80]!r}")
+    try:
+        (uri,), (revision,), (sealed,) = fields["uri"], fields["revision"], fields["sealed"]
+        sealed_at = datetime.strptime(sealed, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (KeyError, ValueError) as error:
+        raise _invalid(f"uri, revision or sealed: {error}") from error
+    files = tuple(_file(line, digests) for line in fields.get("file", []))
+    if [file.path for file in files] != list(digests):
+        raise _invalid("the files and the digest lines differ")
+    check_paths(digests)
+    return Manifest(
+        ref=ModelRef(
+            uri=uri,
+            include=tuple(fields.get("include", ())),
+            exclude=tuple(fields.get("exclude", ())),
+        ),
+        revision=revision,
+        sealed_at=int(sealed_at.timestamp()),
+        files=files,
+    )
+
+
+def _file(line: str, digests: dict[str, str]) -> SealedFile:
+    match = _FILE_LINE.fullmatch(line)
+    if match is None or match[5] not in digests:
+        raise _invalid(f"file line {line[:80]!r}")
+    promised = None
+    if match[3] is not None:
+        promised = Digest("sha256" if match[3] == "sha256" else "git-sha1", match[4])
+    return SealedFile(
+        path=match[5], size=int(match[1]), sha256=digests[match[5]], promised=promised
+    )
+
+
+def _invalid(what: str) -> AgentError:
+    return AgentError(Reason.INVALID_SPEC, f"not a manifest of ours: {what}")
+
+
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise AgentError(Reason.INVALID_SPEC, f"{value[:80]!a} holds control characters")
+    return value

@@ -1,0 +1,276 @@
+"""The nouns. Values only: frozen, comparable, without behaviour beyond what they imply."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NewType
+
+from agent.errors import Reason
+
+CacheKey = NewType("CacheKey", str)
+"""First 16 hex digits of the SHA-256 of a source URI, taken verbatim (KServe >= 0.18)."""
+
+
+def cache_key(uri: str) -> CacheKey:
+    """The name of a model's directory. No normalisation: `s3://foo` and `s3://foo/` differ."""
+    return CacheKey(hashlib.sha256(uri.encode()).hexdigest()[:16])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """What was asked for. The patterns are not part of the key (design D2)."""
+
+    uri: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> CacheKey:
+        return cache_key(self.uri)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """A model that should be here, and the names of those who asked (several may share a key)."""
+
+    ref: ModelRef
+    names: frozenset[str] = frozenset()
+    priority: int = 0
+    expect_fingerprint: str | None = None
+
+    @property
+    def key(self) -> CacheKey:
+        return self.ref.key
+
+
+Algorithm = Literal["sha256", "git-sha1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A promise about a file's bytes. `git-sha1` is the object name of the bytes as a git blob."""
+
+    algorithm: Algorithm
+    hex: str
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """One file of a listing.
+
+    `path` is where it goes, relative to the model's directory; `origin` is its name at the source.
+    `version` is the source's own token for exactly these bytes, where the URL does not pin them.
+    """
+
+    path: str
+    size: int
+    origin: str
+    digest: Digest | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The pinned answer to "what is it today": one revision, every file, sorted by path."""
+
+    ref: ModelRef
+    revision: str
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def key(self) -> CacheKey:
+        return self.ref.key
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLocator:
+    """GET this URL with these headers; ranges allowed. Headers go to this origin only."""
+
+    url: str = field(repr=False)  # may carry a signature
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathLocator:
+    """Read this file, as long as it still has this version."""
+
+    path: str
+    version: str | None = None
+
+
+Locator = HttpLocator | PathLocator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A sealed model: complete, proven and on offer. Immutable by construction."""
+
+    ref: ModelRef
+    revision: str
+    fingerprint: str
+    bytes: int
+    files: int
+    sealed_at: float
+    last_used: float
+
+    @property
+    def key(self) -> CacheKey:
+        return self.ref.key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingest:
+    """A model that was begun and is not sealed: its listing is pinned on disk."""
+
+    ref: ModelRef
+    revision: str
+    total: int
+    done: int
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.total - self.done)
+
+
+class Stage(StrEnum):
+    """What a running job is doing."""
+
+    RESOLVING = "resolving"
+    FETCHING = "fetching"
+    VERIFYING = "verifying"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Work in progress for one key.
+
+    `remaining` and not the total is what must be reserved: the file system already counts what is
+    written. None while the listing is not known.
+    """
+
+    key: CacheKey
+    stage: Stage
+    total: int | None = None
+    done: int = 0
+
+    @property
+    def remaining(self) -> int | None:
+        return None if self.total is None else max(0, self.total - self.done)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The failures in a row of one key. `retry_at` is Unix seconds; infinite: never by itself."""
+
+    key: CacheKey
+    count: int
+    reason: Reason
+    message: str
+    retry_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actual:
+    """What is there. `in_use` is None when it could not be established: then nothing is evicted."""
+
+    entries: Mapping[CacheKey, Entry]
+    damaged: frozenset[CacheKey] = frozenset()
+    ingests: Mapping[CacheKey, Ingest] = field(default_factory=dict)
+    jobs: Mapping[CacheKey, Job] = field(default_factory=dict)
+    attempts: Mapping[CacheKey, Attempt] = field(default_factory=dict)
+    in_use: frozenset[CacheKey] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """Numbers and policy of one volume. All sizes in bytes.
+
+    `reclaiming` is what was retired and is not unlinked yet. `high` and `low` are fractions of
+    `capacity`: above `high` nothing is begun and victims are looked for, down to `low`.
+    """
+
+    capacity: int
+    free: int
+    reclaiming: int = 0
+    high: float = 0.95
+    low: float = 0.90
+    max_fetches: int = 2
+    min_age_seconds: float = 600.0
+
+    @property
+    def used(self) -> int:
+        return self.capacity - self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Ask the source what the model is today, and pin the answer."""
+
+    key: CacheKey
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring what is missing; `bytes` are reserved from now on."""
+
+    key: CacheKey
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a job that nobody wants any more; what it wrote is kept for a resume."""
+
+    key: CacheKey
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take a damaged model off offer, back to where it can be mended."""
+
+    key: CacheKey
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Retire a sealed model to make room."""
+
+    key: CacheKey
+    bytes: int
+
+
+Action = Resolve | Fetch | Cancel | Withdraw | Evict
+
+
+class Blocked(StrEnum):
+    """Why a wanted model is not being worked on right now."""
+
+    QUEUED = "Queued"
+    BACKING_OFF = "BackingOff"
+    INSUFFICIENT_CAPACITY = "InsufficientCapacity"
+    LARGER_THAN_VOLUME = "LargerThanVolume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A block with its numbers, as the operator reads it."""
+
+    why: Blocked
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do now, what cannot be done and why, and when to look again at the latest."""
+
+    actions: tuple[Action, ...] = ()
+    blocked: Mapping[CacheKey, Block] = field(default_factory=dict)
+    wake_at: float | None = None

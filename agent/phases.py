@@ -1,0 +1,86 @@
+"""Which state a model is in, as its users see it, and which changes of it are legal.
+
+A phase is derived from facts and stored nowhere. TRANSITIONS is the whole truth about legal
+changes: the publisher counts a change that is not in it, the scenario tests assert that every
+change they saw is, and `docs/states.md` is drawn from it.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from agent.model import Attempt, Block, Entry, Ingest, Job, Stage
+
+
+class Phase(StrEnum):
+    """The state of one model on this volume."""
+
+    PENDING = "Pending"  # wanted, nothing is being done yet (or not now: see the message)
+    RESOLVING = "Resolving"  # the source is asked for its files
+    FETCHING = "Fetching"  # bytes are moving
+    VERIFYING = "Verifying"  # bytes that were here are being read and hashed again
+    READY = "Ready"  # sealed: complete, proven, on offer
+    FAILED = "Failed"  # the last try failed; the message says when the next one is
+    PARTIAL = "Partial"  # begun, interrupted, and not wanted by anybody now
+
+
+MEANING: Mapping[Phase, str] = {
+    Phase.PENDING: "wanted; nothing is being done yet, the message says why",
+    Phase.RESOLVING: "the source is asked which files there are today",
+    Phase.FETCHING: "bytes are moving",
+    Phase.VERIFYING: "bytes that were here already are read and hashed again",
+    Phase.READY: "complete, proven byte by byte and on offer",
+    Phase.FAILED: "the last try failed; the reason and the time of the next one are given",
+    Phase.PARTIAL: "begun, interrupted, and wanted by nobody now; kept for a resume",
+}
+
+_WORK = frozenset({Phase.RESOLVING, Phase.FETCHING, Phase.VERIFYING})
+
+TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
+    Phase.PENDING: _WORK | {Phase.READY, Phase.FAILED, Phase.PARTIAL},
+    # Ready straight from resolving: an earlier life left everything, only the proof was missing.
+    Phase.RESOLVING: frozenset(
+        {Phase.PENDING, Phase.FETCHING, Phase.VERIFYING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
+    ),
+    Phase.FETCHING: frozenset(
+        {Phase.PENDING, Phase.VERIFYING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
+    ),
+    Phase.VERIFYING: frozenset(
+        {Phase.PENDING, Phase.FETCHING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
+    ),
+    # A damaged model leaves Ready at once and is mended in place of being trusted.
+    Phase.READY: frozenset({Phase.PENDING, Phase.FETCHING, Phase.VERIFYING, Phase.FAILED}),
+    Phase.FAILED: _WORK | {Phase.PENDING, Phase.READY, Phase.PARTIAL},
+    Phase.PARTIAL: _WORK | {Phase.PENDING, Phase.FAILED, Phase.READY},
+}
+
+_OF_STAGE: Mapping[Stage, Phase] = {
+    Stage.RESOLVING: Phase.RESOLVING,
+    Stage.FETCHING: Phase.FETCHING,
+    Stage.VERIFYING: Phase.VERIFYING,
+}
+
+
+def phase_of(
+    *,
+    wanted: bool,
+    entry: Entry | None,
+    damaged: bool,
+    ingest: Ingest | None,
+    job: Job | None,
+    attempt: Attempt | None,
+    block: Block | None,
+) -> Phase | None:
+    """The phase of one key from all that is known of it; None: there is nothing to say.
+
+    A running job is the freshest fact, except that what is sealed and whole is Ready whatever else
+    goes on. A failure shows until the next try begins, unless something newer blocks that try.
+    """
+    if entry is not None and not damaged:
+        return Phase.READY
+    if job is not None:
+        return _OF_STAGE[job.stage]
+    if attempt is not None:
+        return Phase.FAILED
+    if wanted or damaged or block is not None:
+        return Phase.PENDING
+    return Phase.PARTIAL if ingest is not None else None

@@ -1,0 +1,174 @@
+"""What to do next, from all that is known (aesthetics 2.5). Pure: no clock, no disk, no order.
+
+Called again after every change; it remembers nothing, so it can be wrong only about now. Order of
+decisions: stop what nobody wants, take damaged models off offer, make room where the file system
+is above its high mark, then serve the missing wants by priority.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from agent.model import (
+    Action,
+    Actual,
+    Attempt,
+    Block,
+    Blocked,
+    CacheKey,
+    Cancel,
+    Entry,
+    Evict,
+    Fetch,
+    Plan,
+    Resolve,
+    Volume,
+    Want,
+    Withdraw,
+)
+
+
+def plan(desired: Mapping[CacheKey, Want], actual: Actual, volume: Volume, *, now: float) -> Plan:
+    """Decide for one volume. `now` is Unix seconds.
+
+    Properties (tests/core/test_plan.py): nothing wanted, used, young or of unknown use is evicted;
+    at most one action a key; what is begun fits; nothing is evicted in vain; every want is exactly
+    one of ready, running, begun or blocked; carrying plans out reaches quiescence.
+    """
+    return _Planner(desired, actual, volume, now).run()
+
+
+class _Planner:
+    """One run of `plan`: the facts, and the actions and room so far."""
+
+    def __init__(
+        self, desired: Mapping[CacheKey, Want], actual: Actual, volume: Volume, now: float
+    ) -> None:
+        self.desired = desired
+        self.actual = actual
+        self.volume = volume
+        self.now = now
+        self.actions: list[Action] = []
+        self.blocked: dict[CacheKey, Block] = {}
+        self.wake_at: float | None = None
+        # Only what keeps running counts: a cancelled job gives its slot and its room back.
+        running = [job for key, job in actual.jobs.items() if key in desired]
+        self.slots = max(0, volume.max_fetches - len(running))
+        self.ceiling = int(volume.capacity * volume.high)
+        reserved = sum(job.remaining or 0 for job in running)
+        self.room = self.ceiling - volume.used - reserved + volume.reclaiming
+        self.victims = self._victims()
+
+    def run(self) -> Plan:
+        self._cancel_the_unwanted()
+        self._withdraw_the_damaged()
+        self._drain_to_the_low_mark()
+        for want in self._missing_wants():
+            self._serve(want)
+        return Plan(actions=tuple(self.actions), blocked=self.blocked, wake_at=self.wake_at)
+
+    def _cancel_the_unwanted(self) -> None:
+        for key in sorted(self.actual.jobs):
+            if key not in self.desired:
+                self.actions.append(Cancel(key))
+
+    def _withdraw_the_damaged(self) -> None:
+        """At once, used or not: wrong bytes on offer are the worst state there is."""
+        for key in sorted(self.actual.damaged):
+            if key in self.actual.entries and key not in self.actual.jobs:
+                self.actions.append(Withdraw(key))
+
+    def _victims(self) -> list[Entry]:
+        """What may be evicted, least recently used first."""
+        used = self.actual.in_use
+        if used is None:
+            return []
+        old = self.now - self.volume.min_age_seconds
+        return sorted(
+            (
+                entry
+                for key, entry in self.actual.entries.items()
+                if key not in self.desired
+                and key not in used
+                and key not in self.actual.damaged
+                and key not in self.actual.jobs
+                and entry.sealed_at <= old
+            ),
+            key=lambda entry: (entry.last_used, entry.sealed_at, entry.key),
+        )
+
+    def _evict(self, victims: Iterable[Entry]) -> None:
+        for entry in victims:
+            self.actions.append(Evict(entry.key, entry.bytes))
+            self.victims.remove(entry)
+            self.room += entry.bytes
+
+    def _drain_to_the_low_mark(self) -> None:
+        if self.room >= 0:
+            return
+        slack = self.ceiling - int(self.volume.capacity * self.volume.low)
+        self._evict(_just_enough(self.victims, slack - self.room))
+
+    def _missing_wants(self) -> list[Want]:
+        missing = (
+            want
+            for key, want in self.desired.items()
+            if key not in self.actual.jobs and key not in self.actual.entries
+        )
+        return sorted(missing, key=lambda want: (-want.priority, want.key))
+
+    def _serve(self, want: Want) -> None:
+        """Begin one missing want, or say why not."""
+        key = want.key
+        attempt = self.actual.attempts.get(key)
+        if attempt is not None and attempt.retry_at > self.now:
+            self._back_off(attempt)
+            return
+        if self.slots == 0:
+            self._block(key, Blocked.QUEUED, f"waits for one of {self.volume.max_fetches} slots")
+            return
+        ingest = self.actual.ingests.get(key)
+        if ingest is None:
+            self.slots -= 1
+            self.actions.append(Resolve(key))
+            return
+        if ingest.total > self.ceiling:
+            self._block(
+                key,
+                Blocked.LARGER_THAN_VOLUME,
+                f"needs {ingest.total} bytes; this volume may hold {self.ceiling} of"
+                f" {self.volume.capacity}",
+            )
+            return
+        short = ingest.remaining - self.room
+        victims = _just_enough(self.victims, short)
+        if short > sum(entry.bytes for entry in victims):
+            # Half an eviction helps nobody. A smaller want behind this one may still begin.
+            self._block(
+                key,
+                Blocked.INSUFFICIENT_CAPACITY,
+                f"needs {ingest.remaining} bytes more; {max(0, self.room)} are free below the"
+                f" high mark and {sum(entry.bytes for entry in self.victims)} could be evicted",
+            )
+            return
+        self._evict(victims)
+        self.room -= ingest.remaining
+        self.slots -= 1
+        self.actions.append(Fetch(key, ingest.remaining))
+
+    def _back_off(self, attempt: Attempt) -> None:
+        self._block(attempt.key, Blocked.BACKING_OFF, attempt.message)
+        if self.wake_at is None or attempt.retry_at < self.wake_at:
+            self.wake_at = attempt.retry_at
+
+    def _block(self, key: CacheKey, why: Blocked, message: str) -> None:
+        self.blocked[key] = Block(why=why, message=message)
+
+
+def _just_enough(victims: Iterable[Entry], short: int) -> list[Entry]:
+    """The first of the victims, in their order, that free `short` bytes; all if they do not."""
+    chosen: list[Entry] = []
+    for entry in victims:
+        if short <= 0:
+            break
+        chosen.append(entry)
+        short -= entry.bytes
+    return chosen

@@ -1,0 +1,83 @@
+"""What to do at start with what an earlier life left behind (design D3, "At start").
+
+Pure: the store looks (`Found`), this decides (`Fix`), the store acts. The decisions are a function
+of a few facts about a key, so the tests enumerate all of them. Two rules are behind every row:
+what is on offer must be whole, and what an earlier life wrote is re-hashed before it is.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The facts about one key. Directories and files, nothing remembered."""
+
+    manifest: bool = False  # manifests/<key>, readable
+    sealing: bool = False  # manifests/.<key>.sealing, readable
+    retiring: bool = False  # manifests/.<key>.retiring, readable
+    unreadable: bool = False  # either of these two, but damaged: ours, of unknown content
+    directory: bool = False  # models/<key>, with something in it
+    listing: bool = False  # ingest/<key>/listing.json, readable
+    tree: bool = False  # ingest/<key>/tree
+    ingest: bool = False  # ingest/<key>/ at all
+
+
+class Fix(Enum):
+    """One step of repair. The store carries each out, in this order."""
+
+    RESTORE_MANIFEST = "put the retiring manifest back"
+    DROP_RETIRING = "remove the retiring manifest"
+    WITHDRAW_MANIFEST = "remove the manifest: its directory is gone, or it cannot be read"
+    DROP_SEALING = "remove the sealing manifest"
+    REOPEN = "move the directory back to the ingest, where it is re-hashed"
+    SALVAGE = "move the directory to a new ingest without a listing"
+    DROP_INGEST = "discard what is left of the ingest"
+    REPORT_FOREIGN = "report a directory that is not ours"
+
+
+def recover(found: Found) -> tuple[Fix, ...]:
+    """The fixes for one key, in the order in which they are to be made. Idempotent."""
+    if found.unreadable:
+        return _unreadable(found)
+    if found.retiring and found.directory and not found.manifest:
+        # Killed while retiring: nothing was deleted yet. Put back, planned again.
+        return (Fix.RESTORE_MANIFEST, *_beside_a_sealed_model(found))
+    fixes = (Fix.DROP_RETIRING,) if found.retiring else ()
+    if found.manifest and found.directory:
+        return (*fixes, *_beside_a_sealed_model(found))
+    if found.manifest:
+        fixes = (*fixes, Fix.WITHDRAW_MANIFEST)
+    return (*fixes, *_unsealed(found))
+
+
+def _unreadable(found: Found) -> tuple[Fix, ...]:
+    """A manifest was damaged. The directory is ours all the same: its files are worth a re-hash.
+
+    The listing is asked for again when somebody wants the model; until then it is debris.
+    """
+    fixes: tuple[Fix, ...] = (Fix.DROP_RETIRING, Fix.WITHDRAW_MANIFEST)
+    if found.sealing:
+        fixes = (*fixes, Fix.DROP_SEALING)
+    if not found.directory:
+        return fixes
+    return (*fixes, Fix.DROP_INGEST, Fix.SALVAGE) if found.ingest else (*fixes, Fix.SALVAGE)
+
+
+def _beside_a_sealed_model(found: Found) -> tuple[Fix, ...]:
+    """Killed at the very end of a seal, or at the very beginning of a repair."""
+    sealing = (Fix.DROP_SEALING,) if found.sealing else ()
+    return (*sealing, Fix.DROP_INGEST) if found.ingest else sealing
+
+
+def _unsealed(found: Found) -> tuple[Fix, ...]:
+    if found.directory and not found.tree and (found.listing or found.sealing):
+        # Killed between the rename into place and the manifest, or while a repair took it back.
+        # The sealing manifest is removed last: it may be all that says whose directory this is.
+        return (Fix.REOPEN, Fix.DROP_SEALING) if found.sealing else (Fix.REOPEN,)
+    fixes: tuple[Fix, ...] = (Fix.DROP_SEALING,) if found.sealing else ()
+    if found.ingest and not found.listing:
+        fixes = (*fixes, Fix.DROP_INGEST)
+    if found.directory:
+        fixes = (*fixes, Fix.REPORT_FOREIGN)
+    return fixes

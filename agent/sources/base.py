@@ -1,0 +1,54 @@
+"""What a source is, and what all of them share: patterns, and the order of a listing."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from agent.errors import AgentError, Reason
+from agent.layout import check_paths
+from agent.model import Listing, Locator, ModelRef, RemoteFile
+
+
+class Source(Protocol):
+    """The seam to one kind of origin. Contract: tests/contracts/source_contract.py."""
+
+    def check(self, ref: ModelRef) -> None:
+        """Raise InvalidSpec if the URI cannot be one of this scheme. Looks at nothing outside."""
+        ...
+
+    async def list(self, ref: ModelRef) -> Listing:
+        """Pin the revision of today, with every selected file. Raises AgentError."""
+        ...
+
+    async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
+        """Where one file of a pinned listing can be had now; fresh credentials, fresh signature."""
+        ...
+
+
+def pin(ref: ModelRef, revision: str, files: Iterable[RemoteFile]) -> Listing:
+    """The listing of what the patterns leave, sorted. Raises EmptyListing or UnsafePath.
+
+    Only what is selected must be safe: a hostile or odd name can be excluded.
+    """
+    found = sorted(files, key=lambda file: file.path.encode(errors="surrogateescape"))
+    selected = tuple(file for file in found if _selected(file.path, ref))
+    if not selected:
+        patterns = f"include {list(ref.include)}, exclude {list(ref.exclude)}"
+        left = (
+            f"none of its {len(found)} files is left by {patterns}" if found else "it has no files"
+        )
+        raise AgentError(Reason.EMPTY_LISTING, f"{ref.uri} at {revision}: {left}")
+    check_paths(file.path for file in selected)
+    return Listing(ref=ref, revision=revision, files=selected)
+
+
+def _selected(path: str, ref: ModelRef) -> bool:
+    """As the hub's client does: include first, then exclude; `*` crosses `/`; `dir/` is `dir/*`."""
+
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(
+            fnmatchcase(path, f"{pattern}*" if pattern.endswith("/") else pattern)
+            for pattern in patterns
+        )
+
+    return (not ref.include or matches(ref.include)) and not matches(ref.exclude)

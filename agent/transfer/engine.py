@@ -1,0 +1,237 @@
+"""Several files at once, each with its retries. The only part of `transfer` that awaits.
+
+Threads do the moving (see the package's docstring); this schedules them. The seam for ranges
+inside one file is `_attempt`: it owns one connection and the frontier of one sink.
+"""
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from agent.backoff import Dice, in_place_delay
+from agent.errors import AgentError, Reason
+from agent.model import Digest, HttpLocator, Locator
+from agent.transfer.connections import Cancellation, Cancelled, Connections
+from agent.transfer.exchange import Body, Exchange
+from agent.transfer.local import LocalBody
+from agent.transfer.pump import Buffers, Intake, Readable, pump
+from agent.transfer.sink import Sink, hash_file
+from agent.transfer.throttle import Throttle
+
+_T = TypeVar("_T")
+
+_PROGRESS_BYTES = 8 * 1024 * 1024
+"""A try that moved this much was a good one: the count of failures in a row begins anew."""
+
+_ABANDON_SECONDS = 5.0
+"""How long a cancelled thread may take to notice: only one stuck in connect or DNS takes longer,
+and that one writes nothing afterwards."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FileJob:
+    """One file to bring. `on_bytes(done, received)` gets the change of either, from any thread."""
+
+    path: Path
+    size: int
+    promised: Digest | None
+    locate: Callable[[], Awaitable[Locator]]
+    on_bytes: Callable[[int, int], None]
+    on_retry: Callable[[AgentError], None]
+
+
+class Engine:
+    """Moves files for the whole node.
+
+    `connections` bounds the files in flight and with them the memory: DEPTH buffers each.
+    `bytes_per_second` caps them together. `stall_seconds` without a byte, or with next to none, is
+    a failure of the try.
+    """
+
+    def __init__(
+        self,
+        *,
+        connections: int = 8,
+        bytes_per_second: int | None = None,
+        stall_seconds: float = 30.0,
+        connect_seconds: float = 8.0,
+        user_agent: str = "localmodel-agent",
+        dice: Dice = random.random,
+    ) -> None:
+        self._slots = asyncio.Semaphore(connections)
+        self._stall_seconds = stall_seconds
+        self._throttle = Throttle(bytes_per_second)
+        self._buffers = Buffers()
+        self._dice = dice
+        self._connections = Connections(
+            connect_seconds=connect_seconds, stall_seconds=stall_seconds, keep=connections
+        )
+        self._exchange = Exchange(self._connections, user_agent)
+
+    def close(self) -> None:
+        self._connections.close()
+
+    async def fetch(self, job: FileJob) -> str:
+        """Bring one file, or the rest of it, and prove it; its SHA-256.
+
+        The proven file stays at `job.path`, fsynced. Raises AgentError when trying again now is
+        pointless; what arrived is kept.
+        """
+        async with self._slots:
+            sink = Sink(job.path, size=job.size, promised=job.promised)
+            try:
+                await self._in_thread(lambda cancellation: self._resume(job, sink, cancellation))
+                return await self._persist(job, sink)
+            finally:
+                sink.close()
+
+    async def hash(self, path: Path, *, size: int, promised: Digest | None) -> str | None:
+        """The SHA-256 of a file that is there, if it is of that size and keeps the promise."""
+
+        def work(cancellation: Cancellation) -> str | None:
+            with self._buffer() as buffer:
+                return hash_file(
+                    path, size=size, promised=promised, buffer=buffer, cancellation=cancellation
+                )
+
+        async with self._slots:
+            return await self._in_thread(work)
+
+    async def _persist(self, job: FileJob, sink: Sink) -> str:
+        """Try until the file is proven or the reason says that it is enough."""
+        locator = await job.locate()
+        tries, relocated, mark = 0, False, sink.offset
+        while True:
+            try:
+                return await self._in_thread(
+                    lambda cancellation: self._attempt(job, sink, locator, cancellation)  # noqa: B023 - awaited before the next turn
+                )
+            except AgentError as error:
+                if sink.offset - mark >= _PROGRESS_BYTES:
+                    tries, relocated, mark = 0, False, sink.offset
+                if error.reason is Reason.LINK_EXPIRED and not relocated:
+                    relocated = True
+                    locator = await job.locate()
+                    continue
+                tries += 1
+                delay = in_place_delay(error, tries, self._dice)
+                if delay is None:
+                    raise
+                job.on_retry(error)
+                await asyncio.sleep(delay)
+
+    def _resume(self, job: FileJob, sink: Sink, cancellation: Cancellation) -> None:
+        with self._buffer() as buffer:
+            sink.resume(buffer, cancellation)
+        job.on_bytes(sink.offset, 0)
+
+    def _attempt(
+        self, job: FileJob, sink: Sink, locator: Locator, cancellation: Cancellation
+    ) -> str:
+        """One connection, from the frontier to the end and the proof. Runs in a thread."""
+        if sink.offset < sink.size:
+            with self._open(locator, sink, cancellation) as body:
+                if body.start != sink.offset:
+                    self._restart(job, sink)
+                intake = Intake(
+                    _Counted(body, job.on_bytes),
+                    throttle=self._throttle,
+                    stall_seconds=self._stall_seconds,
+                    cancellation=cancellation,
+                )
+                pump(intake, sink, self._buffers)
+                if isinstance(body, LocalBody):
+                    body.check()
+            if sink.offset < sink.size:
+                raise AgentError(
+                    Reason.NETWORK, f"{body.where} ended after {sink.offset} of {sink.size} bytes"
+                )
+        try:
+            return sink.prove()
+        except AgentError as error:
+            if error.reason is Reason.DIGEST_MISMATCH:
+                self._restart(job, sink)  # wrong bytes are good for nothing, a resume least
+            raise
+
+    def _restart(self, job: FileJob, sink: Sink) -> None:
+        job.on_bytes(-sink.offset, 0)
+        sink.restart()
+
+    @contextlib.contextmanager
+    def _open(
+        self, locator: Locator, sink: Sink, cancellation: Cancellation
+    ) -> Iterator[Body | LocalBody]:
+        if isinstance(locator, HttpLocator):
+            with self._exchange.get(
+                locator, start=sink.offset, size=sink.size, cancellation=cancellation
+            ) as body:
+                yield body
+        else:
+            with contextlib.closing(LocalBody(locator, start=sink.offset)) as local:
+                yield local
+
+    @contextlib.contextmanager
+    def _buffer(self) -> Iterator[bytearray]:
+        taken = self._buffers.take(1)
+        try:
+            yield taken[0]
+        finally:
+            self._buffers.give(taken)
+
+    async def _in_thread(self, work: Callable[[Cancellation], _T]) -> _T:
+        """Run in a daemon thread that a cancelled await interrupts and then waits for.
+
+        Not an executor: its threads are joined at interpreter exit, so one in a ten-second connect
+        would hold up the ten seconds that a pod has to stop.
+        """
+        loop = asyncio.get_running_loop()
+        cancellation = Cancellation()
+        done: asyncio.Future[_T] = loop.create_future()
+
+        def settle(result: _T | None, error: BaseException | None) -> None:
+            if not done.done():
+                if error is None:
+                    done.set_result(cast(_T, result))
+                else:
+                    done.set_exception(error)
+
+        def run() -> None:
+            result, failure = None, None
+            try:
+                result = work(cancellation)
+            except BaseException as error:  # noqa: BLE001 - handed to the awaiter, whatever it is
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+                loop.call_soon_threadsafe(settle, result, failure)
+
+        threading.Thread(target=run, name="transfer", daemon=True).start()
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            cancellation.cancel()
+            await asyncio.wait({done}, timeout=_ABANDON_SECONDS)
+            if done.done():
+                done.exception()  # seen: Cancelled, or a failure that came too late to matter
+            raise
+        except Cancelled as error:  # only our own cancel raises it
+            raise asyncio.CancelledError from error
+
+
+class _Counted:
+    """A body that reports what was received of it."""
+
+    def __init__(self, body: Readable, on_bytes: Callable[[int, int], None]) -> None:
+        self.where = body.where
+        self._body = body
+        self._on_bytes = on_bytes
+
+    def read_into(self, view: memoryview) -> int:
+        count = self._body.read_into(view)
+        if count:
+            self._on_bytes(count, count)
+        return count
