@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from math import inf
 
@@ -48,7 +49,9 @@ def next_attempt(
     if delay != inf:
         delay = _jittered(delay, dice)
         if error.retry_after_seconds is not None:
-            delay = max(delay, min(error.retry_after_seconds, _RETRY_AFTER_CAP_SECONDS))
+            # Every node was told the same moment, so they spread out behind it.
+            asked = min(error.retry_after_seconds, _RETRY_AFTER_CAP_SECONDS)
+            delay = max(delay, asked + dice() * rule.first_seconds)
     return Attempt(
         key=key, count=count, reason=error.reason, message=error.message, retry_at=now + delay
     )
@@ -66,8 +69,12 @@ def retry_after_seconds(value: str | None, *, now: float) -> float | None:
     """
     if value is None:
         return None
-    with suppress(ValueError):
+    # OverflowError: both are free to hold hundreds of digits.
+    with suppress(ValueError, OverflowError):
         return max(0.0, float(int(value)))
-    with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    with suppress(ValueError, OverflowError):
+        asked = parsedate_to_datetime(value)
+        if asked.tzinfo is None:  # "-0000": UTC, and nothing is said of the sender's own zone
+            asked = asked.replace(tzinfo=UTC)
+        return max(0.0, asked.timestamp() - now)
     return None

@@ -1,30 +1,12 @@
 """Numbers of a file system and of the device under it."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from agent.files import disk_errors
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
-    """Bytes of one file system. `free` is what an unprivileged process may still write."""
-
-    capacity: int
-    free: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """Counters of one block device since boot; seconds are those the device was busy reading."""
-
-    read_bytes: int
-    written_bytes: int
-    read_seconds: float
-    write_seconds: float
+from agent.model import Space, Traffic
 
 
 def space(root: Path) -> Space:

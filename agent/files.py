@@ -7,8 +7,9 @@ die; the crash tests run the store on a subclass that dies at every one of them.
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agent.errors import AgentError, Reason
@@ -45,14 +46,19 @@ class Files:
     """The real file system."""
 
     def make_directory(self, path: Path, mode: int) -> None:
-        """Make one directory, parents present, with exactly this mode whatever the umask."""
+        """Make one directory, parents present, with exactly this mode whatever the umask.
+
+        One that is there gets the mode too: its maker may have been killed before it came to that,
+        and kubelet's fsGroup opens what it finds to a group.
+        """
         try:
             path.mkdir(mode)
         except FileExistsError:
             if path.is_symlink() or not path.is_dir():
                 raise
-        else:
-            path.chmod(mode)
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            with suppress(PermissionError):  # another's: whether we may write is seen soon enough
+                path.chmod(mode)
 
     def write(self, path: Path, data: bytes, mode: int) -> None:
         """Write a whole file under a name that nobody reads yet, and fsync it.
@@ -62,11 +68,16 @@ class Files:
         path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         descriptor = os.open(path, flags, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(descriptor, mode)
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+        except OSError:
+            with suppress(OSError):  # half a note on a full disk is in everybody's way
+                path.unlink()
+            raise
 
     def rename(self, source: Path, target: Path) -> None:
         """Atomic. Replaces a file, or an empty directory."""
@@ -75,20 +86,26 @@ class Files:
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 
+    def set_mode(self, path: Path, mode: int) -> None:
+        """Give a file or directory exactly this mode, durably. No symlink is followed."""
+        if stat.S_IMODE(path.lstat().st_mode) != mode:
+            path.chmod(mode)
+            _sync(path, os.O_NOFOLLOW)
+
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory survive a power cut."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path, os.O_DIRECTORY)
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
 
     def remove_tree(self, path: Path) -> None:
         """Unlink a tree that nobody may be reading. Follows no symlink (rmtree does not)."""
-        if path.is_symlink() or path.is_file():
-            path.unlink(missing_ok=True)
-        elif path.exists():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def replace_file(self, path: Path, data: bytes, mode: int) -> None:
         """Replace a small file so that a reader sees the old text or the new, after a crash too."""
@@ -96,3 +113,11 @@ class Files:
         self.write(aside, data, mode)
         self.rename(aside, path)
         self.sync_directory(path.parent)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,6 @@ are no locks, and the event loop never waits for a disk.
 import asyncio
 import logging
 import sqlite3
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,10 +16,11 @@ from typing import Any, TypeVar, cast
 
 from sqlite_utils import Database, Migrations
 
-from agent.errors import Reason
+from agent.errors import AgentError, Reason
 from agent.model import Attempt, CacheKey, Entry
 
 _T = TypeVar("_T")
+_MEMORY = Path(":memory:")
 _log = logging.getLogger(__name__)
 
 migrations = Migrations("localmodel-index")
@@ -61,7 +61,8 @@ class Index:
     """The index of one volume. Every coroutine is one transaction.
 
     `rebuild` gives the entries that the manifests speak of; it is asked, on the index's own
-    thread, whenever the file is new or had to be thrown away.
+    thread, whenever the file is opened or had to be thrown away. Where no file can be had (a full
+    or read-only disk) the index is kept in memory, until the next start.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], Iterable[Entry]]) -> None:
@@ -133,14 +134,18 @@ class Index:
         """A write that is worth a log line when it fails, and nothing more: files are the truth."""
         try:
             await self._run(statement)
-        except sqlite3.DatabaseError as error:
-            _log.warning("cannot write the index %s: %s", self._path, error)
+        except AgentError as error:
+            _log.warning("%s", error.message)
 
     async def _run(self, statement: Callable[[Database], _T]) -> _T:
         return await self._call(partial(self._transaction, statement))
 
     async def _call(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (sqlite3.Error, OSError) as error:
+            message = f"cannot use the index {self._path}: {error}"
+            raise AgentError(Reason.DISK_ERROR, message) from error
 
     def _transaction(self, statement: Callable[[Database], _T]) -> _T:
         db = self._ready()
@@ -153,22 +158,32 @@ class Index:
             # Somebody wrote into the file, or the disk failed. One new file, one more try; a
             # second failure is the disk's and not the file's.
             self._throw_away(error)
-            with self._ready().atomic():
-                return statement(self._ready())
+            db = self._ready()
+            with db.atomic():
+                return statement(db)
 
     def _ready(self) -> Database:
         if self._db is None:
-            try:
-                self._db = self._connect()
-            except sqlite3.DatabaseError as error:
-                if not _is_damage(error):
-                    raise
-                self._throw_away(error)
-                self._db = self._connect()
+            self._db = self._open()
         return self._db
 
-    def _connect(self) -> Database:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+    def _open(self) -> Database:
+        try:
+            return self._connect(self._path)
+        except sqlite3.Error as error:
+            failure = error
+        try:
+            # A schema that is not ours is no damage of the file, and as useless to us.
+            if _is_damage(failure) or _code(failure) == sqlite3.SQLITE_ERROR:
+                self._throw_away(failure)
+                return self._connect(self._path)
+        except (sqlite3.Error, OSError) as error:
+            _log.warning("the damaged index %s cannot be replaced: %s", self._path, error)
+        _log.error("cannot open the index %s: %s; it is kept in memory", self._path, failure)
+        return self._connect(_MEMORY)
+
+    def _connect(self, path: Path) -> Database:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             db = Database(connection)
             problems = [row[0] for row in db.execute("pragma quick_check").fetchall()]
@@ -186,18 +201,20 @@ class Index:
             raise
         return db
 
-    def _throw_away(self, error: sqlite3.DatabaseError) -> None:
+    def _throw_away(self, error: sqlite3.Error) -> None:
+        """Aside, over what was put there before: a dying disk must not fill itself with these."""
         self._close()
-        aside = self._path.with_name(f"{self._path.name}.damaged-{int(time.time())}")
+        aside = self._path.with_name(f"{self._path.name}.damaged")
         _log.error(
             "the index is damaged (%s); it is kept as %s and rebuilt from the manifests",
             error,
             aside,
         )
         for suffix in ("", "-wal", "-shm"):
-            part = Path(f"{self._path}{suffix}")
+            part, kept = Path(f"{self._path}{suffix}"), Path(f"{aside}{suffix}")
+            kept.unlink(missing_ok=True)
             if part.exists():
-                part.replace(f"{aside}{suffix}")
+                part.replace(kept)
 
     def _close(self) -> None:
         if self._db is not None:
@@ -211,10 +228,15 @@ def _damage(message: str) -> sqlite3.DatabaseError:
     return error
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code; the bits above it tell variants apart."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
     """Not a full disk, and not a lock: those pass, and must not cost us the file."""
-    code = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _adopt(entries: list[Entry], db: Database) -> None:

@@ -5,6 +5,7 @@ what it lets through can be joined to a directory of ours and written into a man
 quoting.
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 from agent.errors import AgentError, Reason
@@ -37,6 +38,8 @@ NOTE_MODE = 0o644  # manifests and progress lines
 
 _NAME_MAX = 255  # bytes in one name, on every Linux file system that matters
 _PATH_MAX = 1024  # bytes in a relative path: leaves room for the mount and kubelet's own prefix
+
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def model(key: CacheKey) -> str:
@@ -86,6 +89,18 @@ def key_of_manifest(name: str) -> tuple[CacheKey, str] | None:
     return None
 
 
+def is_one_line(text: str) -> bool:
+    """Whether a text can be a line of a manifest or a log, and be shown as what it is.
+
+    No control character, line or paragraph separator, half of a surrogate pair, or change of
+    writing direction. `str.isprintable` would refuse too much: a macOS screenshot has U+202F in its
+    name, an emoji may be younger than this Python, and either would cost its whole model.
+    """
+    return text.isprintable() or not any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _DIRECTION for c in text
+    )
+
+
 def unsafe(path: str) -> str | None:
     """Why this relative path must not be created, or None if it may be."""
     try:
@@ -96,9 +111,11 @@ def unsafe(path: str) -> str | None:
         return "is empty"
     if path.startswith("/"):
         return "is absolute"
-    if not path.isprintable() or "\\" in path:
-        # Also keeps every manifest line one line, in the plain form of sha256sum.
+    if not is_one_line(path) or "\\" in path:
+        # Also keeps every manifest line in the plain form of sha256sum.
         return "holds a control character or a backslash"
+    if path == "-":
+        return "means the standard input to sha256sum"
     if len(encoded) > _PATH_MAX:
         return f"is {len(encoded)} bytes long; at most {_PATH_MAX} are possible"
     for segment in path.split("/"):

@@ -19,12 +19,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from agent.errors import AgentError, Reason
-from agent.layout import check_paths
+from agent.layout import check_paths, is_one_line
 from agent.model import Digest, Entry, Listing, ModelRef, RemoteFile
 
 _HEADER = "# localmodel manifest 1"
 _DIGEST_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_FILE_LINE = re.compile(r"(\d+) (-|(sha256|git-sha1):([0-9a-f]{40,64})) (.+)")
+_FILE_LINE = re.compile(
+    r"(?P<size>[0-9]{1,19}) "
+    r"(-|sha256:(?P<sha256>[0-9a-f]{64})|git-sha1:(?P<git>[0-9a-f]{40})) "
+    r"(?P<path>.+)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +130,11 @@ def parse(text: str) -> Manifest:
     digests: dict[str, str] = {}
     # Only \n ends a line: str.splitlines would also split at characters that a path may hold.
     for line in text[:-1].split("\n")[1:]:
+        _one_line(line)
         if line.startswith("# "):
             name, _, value = line[2:].partition(" ")
             fields.setdefault(name, []).append(value)
-        elif match := _DIGEST_LINE.fullmatch(line):
+        elif (match := _DIGEST_LINE.fullmatch(line)) and match[2] not in digests:
             digests[match[2]] = match[1]
         else:
             raise _invalid(f"line {line[:80]!r}")
@@ -139,9 +144,12 @@ def parse(text: str) -> Manifest:
     except (KeyError, ValueError) as error:
         raise _invalid(f"uri, revision or sealed: {error}") from error
     files = tuple(_file(line, digests) for line in fields.get("file", []))
-    if [file.path for file in files] != list(digests):
+    # None at all is a text that was cut off behind the `sealed` line: there is no empty model.
+    if not files or [file.path for file in files] != list(digests):
         raise _invalid("the files and the digest lines differ")
     check_paths(digests)
+    if sorted(digests, key=str.encode) != list(digests):
+        raise _invalid("the digest lines are not sorted")
     return Manifest(
         ref=ModelRef(
             uri=uri,
@@ -156,13 +164,18 @@ def parse(text: str) -> Manifest:
 
 def _file(line: str, digests: dict[str, str]) -> SealedFile:
     match = _FILE_LINE.fullmatch(line)
-    if match is None or match[5] not in digests:
+    if match is None or match["path"] not in digests:
         raise _invalid(f"file line {line[:80]!r}")
     promised = None
-    if match[3] is not None:
-        promised = Digest("sha256" if match[3] == "sha256" else "git-sha1", match[4])
+    if match["sha256"] is not None:
+        promised = Digest("sha256", match["sha256"])
+    elif match["git"] is not None:
+        promised = Digest("git-sha1", match["git"])
     return SealedFile(
-        path=match[5], size=int(match[1]), sha256=digests[match[5]], promised=promised
+        path=match["path"],
+        size=int(match["size"]),
+        sha256=digests[match["path"]],
+        promised=promised,
     )
 
 
@@ -171,6 +184,6 @@ def _invalid(what: str) -> AgentError:
 
 
 def _one_line(value: str) -> str:
-    if not value.isprintable():
+    if not is_one_line(value):
         raise AgentError(Reason.INVALID_SPEC, f"{value[:80]!a} holds control characters")
     return value

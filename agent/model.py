@@ -152,8 +152,8 @@ class Stage(StrEnum):
 class Job:
     """Work in progress for one key.
 
-    `remaining` and not the total is what must be reserved: the file system already counts what is
-    written. None while the listing is not known.
+    `done` counts what is proven or arrived in this job, so `remaining` holds also what an earlier
+    job left and this one has still to hash. None while the listing is not known.
     """
 
     key: CacheKey
@@ -190,11 +190,30 @@ class Actual:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """Bytes of one file system. `free` is what an unprivileged process may still write."""
+
+    capacity: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Counters of one block device since boot; seconds are those the device was busy reading."""
+
+    read_bytes: int
+    written_bytes: int
+    read_seconds: float
+    write_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
     """Numbers and policy of one volume. All sizes in bytes.
 
     `reclaiming` is what was retired and is not unlinked yet. `high` and `low` are fractions of
-    `capacity`: above `high` nothing is begun and victims are looked for, down to `low`.
+    `capacity`: above `high` nothing is begun that needs room, and victims are looked for, down to
+    `low`.
     """
 
     capacity: int

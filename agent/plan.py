@@ -6,6 +6,7 @@ is above its high mark, then serve the missing wants by priority.
 """
 
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from agent.model import (
     Action,
@@ -18,6 +19,8 @@ from agent.model import (
     Entry,
     Evict,
     Fetch,
+    Ingest,
+    Job,
     Plan,
     Resolve,
     Volume,
@@ -31,7 +34,7 @@ def plan(desired: Mapping[CacheKey, Want], actual: Actual, volume: Volume, *, no
 
     Properties (tests/core/test_plan.py): nothing wanted, used, young or of unknown use is evicted;
     at most one action a key; what is begun fits; nothing is evicted in vain; every want is exactly
-    one of ready, running, begun or blocked; carrying plans out reaches quiescence.
+    one of ready, running, begun, taken off offer or blocked; carrying plans out reaches quiescence.
     """
     return _Planner(desired, actual, volume, now).run()
 
@@ -48,12 +51,12 @@ class _Planner:
         self.now = now
         self.actions: list[Action] = []
         self.blocked: dict[CacheKey, Block] = {}
-        self.wake_at: float | None = None
+        self.wake_at = inf
         # Only what keeps running counts: a cancelled job gives its slot and its room back.
         running = [job for key, job in actual.jobs.items() if key in desired]
         self.slots = max(0, volume.max_fetches - len(running))
         self.ceiling = int(volume.capacity * volume.high)
-        reserved = sum(job.remaining or 0 for job in running)
+        reserved = sum(self._to_come(job) for job in running)
         self.room = self.ceiling - volume.used - reserved + volume.reclaiming
         self.victims = self._victims()
 
@@ -63,7 +66,21 @@ class _Planner:
         self._drain_to_the_low_mark()
         for want in self._missing_wants():
             self._serve(want)
-        return Plan(actions=tuple(self.actions), blocked=self.blocked, wake_at=self.wake_at)
+        return Plan(
+            actions=tuple(self.actions),
+            blocked=self.blocked,
+            wake_at=self.wake_at if self.wake_at < inf else None,
+        )
+
+    def _to_come(self, job: Job) -> int:
+        """The bytes that a running job will still write.
+
+        `job.remaining` is what it has not proven yet. Of that, what an ingest had already when the
+        job began is only hashed again: reserving it would count it twice, and evict for it.
+        """
+        ingest = self.actual.ingests.get(job.key)
+        bounds = (job.remaining, None if ingest is None else ingest.remaining)
+        return min((bound for bound in bounds if bound is not None), default=0)
 
     def _cancel_the_unwanted(self) -> None:
         for key in sorted(self.actual.jobs):
@@ -77,7 +94,7 @@ class _Planner:
                 self.actions.append(Withdraw(key))
 
     def _victims(self) -> list[Entry]:
-        """What may be evicted, least recently used first."""
+        """What may be evicted, least recently used first. What frees nothing is no victim."""
         used = self.actual.in_use
         if used is None:
             return []
@@ -91,6 +108,7 @@ class _Planner:
                 and key not in self.actual.damaged
                 and key not in self.actual.jobs
                 and entry.sealed_at <= old
+                and entry.bytes > 0
             ),
             key=lambda entry: (entry.last_used, entry.sealed_at, entry.key),
         )
@@ -130,6 +148,14 @@ class _Planner:
             self.slots -= 1
             self.actions.append(Resolve(key))
             return
+        self._begin(key, ingest)
+
+    def _begin(self, key: CacheKey, ingest: Ingest) -> None:
+        """Fetch what is missing of a known listing, evicting just enough, or say what is short."""
+        if ingest.remaining == 0:
+            # All of it is here and must only be proven: that needs no room, whatever the marks say.
+            self._fetch(key, 0)
+            return
         if ingest.total > self.ceiling:
             self._block(
                 key,
@@ -150,14 +176,16 @@ class _Planner:
             )
             return
         self._evict(victims)
-        self.room -= ingest.remaining
+        self._fetch(key, ingest.remaining)
+
+    def _fetch(self, key: CacheKey, size: int) -> None:
+        self.room -= size
         self.slots -= 1
-        self.actions.append(Fetch(key, ingest.remaining))
+        self.actions.append(Fetch(key, size))
 
     def _back_off(self, attempt: Attempt) -> None:
         self._block(attempt.key, Blocked.BACKING_OFF, attempt.message)
-        if self.wake_at is None or attempt.retry_at < self.wake_at:
-            self.wake_at = attempt.retry_at
+        self.wake_at = min(self.wake_at, attempt.retry_at)
 
     def _block(self, key: CacheKey, why: Blocked, message: str) -> None:
         self.blocked[key] = Block(why=why, message=message)

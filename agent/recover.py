@@ -24,7 +24,7 @@ class Found:
 
 
 class Fix(Enum):
-    """One step of repair. The store carries each out, in this order."""
+    """One step of repair. The store carries them out in the order in which `recover` gives them."""
 
     RESTORE_MANIFEST = "put the retiring manifest back"
     DROP_RETIRING = "remove the retiring manifest"
@@ -37,7 +37,14 @@ class Fix(Enum):
 
 
 def recover(found: Found) -> tuple[Fix, ...]:
-    """The fixes for one key, in the order in which they are to be made. Idempotent."""
+    """The fixes for one key, in the order in which they are to be made.
+
+    Killed after any of them, the next start comes to the same end; once all are made there is
+    nothing left to do, but to report what is foreign and to give up a salvage nobody asked for.
+    """
+    if found.unreadable and found.manifest and found.directory:
+        # Only the retiring manifest is damaged, and it is of an earlier life of the model.
+        return (Fix.DROP_RETIRING, *_beside_a_sealed_model(found))
     if found.unreadable:
         return _unreadable(found)
     if found.retiring and found.directory and not found.manifest:
@@ -54,14 +61,15 @@ def recover(found: Found) -> tuple[Fix, ...]:
 def _unreadable(found: Found) -> tuple[Fix, ...]:
     """A manifest was damaged. The directory is ours all the same: its files are worth a re-hash.
 
-    The listing is asked for again when somebody wants the model; until then it is debris.
+    The listing is asked for again when somebody wants the model; until then it is debris, and given
+    up at the next start. The manifests are removed last: they say whose directory this is.
     """
-    fixes: tuple[Fix, ...] = (Fix.DROP_RETIRING, Fix.WITHDRAW_MANIFEST)
+    notes: tuple[Fix, ...] = (Fix.DROP_RETIRING, Fix.WITHDRAW_MANIFEST)
     if found.sealing:
-        fixes = (*fixes, Fix.DROP_SEALING)
+        notes = (*notes, Fix.DROP_SEALING)
     if not found.directory:
-        return fixes
-    return (*fixes, Fix.DROP_INGEST, Fix.SALVAGE) if found.ingest else (*fixes, Fix.SALVAGE)
+        return notes
+    return (Fix.DROP_INGEST, Fix.SALVAGE, *notes) if found.ingest else (Fix.SALVAGE, *notes)
 
 
 def _beside_a_sealed_model(found: Found) -> tuple[Fix, ...]:

@@ -6,13 +6,14 @@ is an index, or what time it is. Every method is synchronous and meant for a wor
 owner a volume, held by `lock`.
 """
 
-import errno
 import fcntl
 import json
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Store:
         self.root = root
         self._files = files or Files()
         self._lock: int | None = None
+        self._sweeping = threading.Lock()
 
     # -- the volume ---------------------------------------------------------------------------
 
@@ -50,20 +52,28 @@ class Store:
         """
         with disk_errors(f"prepare the cache directory {self.root}"):
             if not self.root.is_dir():
-                self.root.mkdir(parents=True, mode=layout.DIRECTORY_MODE)
+                self.root.parent.mkdir(parents=True, exist_ok=True)
+                self._files.make_directory(self.root, layout.DIRECTORY_MODE)
             self._files.make_directory(self.root / layout.HIDDEN, layout.DIRECTORY_MODE)
             self._take_lock()
-            for name, mode in (
-                (layout.MODELS, layout.DIRECTORY_MODE),
-                (layout.MANIFESTS, layout.DIRECTORY_MODE),
-                (layout.PROGRESS, layout.DIRECTORY_MODE),
-                (layout.PINS, layout.DIRECTORY_MODE),
-                (layout.INGEST, layout.PRIVATE_MODE),
-                (layout.TRASH, layout.PRIVATE_MODE),
-            ):
-                self._files.make_directory(self.root / name, mode)
-            self._files.sync_directory(self.root / layout.HIDDEN)
-            self._files.sync_directory(self.root)
+            try:
+                self._make_directories()
+            except BaseException:
+                self.close()  # or the next try would find the volume locked, by ourselves
+                raise
+
+    def _make_directories(self) -> None:
+        for name, mode in (
+            (layout.MODELS, layout.DIRECTORY_MODE),
+            (layout.MANIFESTS, layout.DIRECTORY_MODE),
+            (layout.PROGRESS, layout.DIRECTORY_MODE),
+            (layout.PINS, layout.DIRECTORY_MODE),
+            (layout.INGEST, layout.PRIVATE_MODE),
+            (layout.TRASH, layout.PRIVATE_MODE),
+        ):
+            self._files.make_directory(self.root / name, mode)
+        self._files.sync_directory(self.root / layout.HIDDEN)
+        self._files.sync_directory(self.root)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -82,9 +92,10 @@ class Store:
                 Reason.LOCKED,
                 f"another agent (process {holder or 'unknown'}) already manages {self.root}",
             ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._lock = descriptor
+        with suppress(OSError):  # the number is a courtesy; on a full disk we must start to evict
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -94,16 +105,26 @@ class Store:
 
     def manifest(self, key: CacheKey) -> Manifest | None:
         """The manifest of a sealed model; None if there is none, or none that can be read."""
-        return _read_manifest(self.root / layout.manifest(key))
+        found = self._note(layout.manifest(key), key)
+        return None if found is None else found[0]
 
     def manifests(self) -> Iterator[tuple[CacheKey, Manifest, float]]:
-        """Every sealed model with the time of its last use, Unix seconds, in the order of keys."""
+        """Every sealed model with the time of its last use, Unix seconds, in the order of keys.
+
+        May run beside everything else: the manifest is read first and the directory looked at
+        second, the reverse of how `seal` makes them and the order in which a retire takes them.
+        """
         for name in _names(self.root / layout.MANIFESTS):
-            path = self.root / layout.MANIFESTS / name
-            if layout.is_key(name) and (found := _read_manifest(path)) is not None:
+            if layout.is_key(name):
                 key = CacheKey(name)
-                if found.ref.key == key and self.model(key).is_dir():
-                    yield key, found, path.stat().st_mtime
+                found = self._note(layout.manifest(key), key)
+                if found is not None and _is_directory(self.model(key)):
+                    yield key, *found
+
+    def _note(self, path: str, key: CacheKey) -> tuple[Manifest, float] | None:
+        """A manifest under any of its names, if it can be read and speaks of this very key."""
+        found = _read_manifest(self.root / path)
+        return found if found is not None and found[0].ref.key == key else None
 
     def entries(self) -> list[Entry]:
         return [found.entry(last_used=used) for _, found, used in self.manifests()]
@@ -114,8 +135,7 @@ class Store:
         A look at the names only, cheap enough for every minute; wrong bytes of the right size are
         found by hashing.
         """
-        root = self.model(key)
-        return [file.path for file in found.files if not _is_file(root / file.path, file.size)]
+        return _not_whole(self.model(key), found)
 
     def ingests(self) -> dict[CacheKey, Ingest]:
         """What was begun and is not sealed, with how much of it is there."""
@@ -129,6 +149,18 @@ class Store:
                     done=sum(self._written(listing.key, file) for file in listing.files),
                 )
         return result
+
+    def salvaged(self) -> list[CacheKey]:
+        """Files of ours whose manifest was damaged (`recover`), and that nobody has asked for yet.
+
+        `begin` takes them over, to be re-hashed; `abandon` gives them up. Only the caller knows
+        whether a pod still reads them.
+        """
+        keys = (CacheKey(name) for name in _names(self.root / layout.INGEST) if layout.is_key(name))
+        return [key for key in keys if self._is_salvage(key)]
+
+    def _is_salvage(self, key: CacheKey) -> bool:
+        return self.listing(key) is None and any(_files_below(self.tree(key)))
 
     def _written(self, key: CacheKey, file: RemoteFile) -> int:
         for path in (self.tree(key) / file.path, self.partial(key) / file.path):
@@ -162,34 +194,57 @@ class Store:
     def begin(self, listing: Listing) -> None:
         """Pin a listing and make the directories of its files.
 
-        An ingest of the same revision is continued; of another one it is begun anew, keeping the
-        files whose size and promise did not change: they are re-hashed like all that is found.
+        An ingest of the same listing is continued. Of another one, or of a salvage, only those
+        files are kept that a re-hash can prove against the new promise. Raises ForeignDirectory
+        before the first byte when something that is not ours is in the way.
         """
         layout.check_paths(file.path for file in listing.files)
+        key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
-            previous = self.listing(listing.key)
-            if previous is not None and previous != listing:
-                self._forget_the_changed(previous, listing)
-            ingest = self._ingest(listing.key)
-            self._files.make_directory(ingest, layout.PRIVATE_MODE)
-            for name in (layout.TREE, layout.PARTIAL):
-                self._files.make_directory(ingest / name, layout.DIRECTORY_MODE)
-                for directory in _directories(listing):
-                    self._files.make_directory(ingest / name / directory, layout.DIRECTORY_MODE)
+            self._settle(key)
+            _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
+            kept = _worth_keeping(self.listing(key), listing)
+            self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
+            for top in (self.tree(key), self.partial(key)):
+                self._keep_only(top, kept)
+                self._files.make_directory(top, layout.DIRECTORY_MODE)
+                for directory in _directories(file.path for file in listing.files):
+                    self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
             # The listing comes last: with it, the tree beside it is the one being built.
-            data = json.dumps(asdict(listing), indent=1).encode()
-            self._files.replace_file(ingest / layout.LISTING, data, 0o600)
+            self._pin(listing)
 
-    def _forget_the_changed(self, previous: Listing, listing: Listing) -> None:
-        """Before another listing is pinned: drop what it does not name, or names otherwise."""
-        same = {file.path: file for file in listing.files if file.digest is not None}
-        kept = {file.path for file in previous.files if same.get(file.path) == file}
-        for file in previous.files:
-            if file.path not in kept:
-                self._files.unlink(self.tree(listing.key) / file.path)
-                self._files.unlink(self.partial(listing.key) / file.path)
-        for name in (self.tree(listing.key), self.partial(listing.key)):
-            _prune(name)
+    def _settle(self, key: CacheKey) -> None:
+        """A seal of this very life may have failed half way: the repair that a start would make.
+
+        Not beside a model that is on offer or on its way out: there the ingest is a newer revision.
+        """
+        notes = self._notes().get(key, set())
+        found = self._found_of(key, notes)
+        if not ((found.manifest or found.retiring) and found.directory):
+            self._repair(key, found, notes)
+
+    def _pin(self, listing: Listing) -> None:
+        ingest = self._ingest(listing.key)
+        self._files.make_directory(ingest, layout.PRIVATE_MODE)
+        data = json.dumps(asdict(listing), indent=1).encode()
+        self._files.replace_file(ingest / layout.LISTING, data, 0o600)
+        self._files.sync_directory(self.root / layout.INGEST)
+
+    def _keep_only(self, top: Path, kept: set[str]) -> None:
+        """Unlink what is not named, whatever it is, and the directories that hold nothing then."""
+        for path in list(_files_below(top)):
+            if str(path.relative_to(top)) not in kept:
+                self._files.unlink(path)
+        for directory in _tree_directories(top):
+            if directory != top and not any(directory.iterdir()):
+                self._files.remove_directory(directory)
+
+    def abandon(self, key: CacheKey) -> None:
+        """Give up what was begun, or salvaged, and is not sealed; `sweep` gives the bytes back."""
+        with disk_errors(f"abandon {key}"):
+            self._settle(key)
+            self._drop_ingest(key)
+            self._files.unlink(self.root / layout.progress(key))
 
     def promote(self, key: CacheKey, path: str) -> None:
         """A partial file was proven and fsynced: give it its name in the tree."""
@@ -208,38 +263,50 @@ class Store:
         is not ours is in the way.
         """
         key = sealed.ref.key
-        manifests = self.root / layout.MANIFESTS
         tree, target = self.tree(key), self.model(key)
         with disk_errors(f"seal {sealed.ref.uri}"):
-            self._drop_unlisted(tree, {file.path for file in sealed.files})
-            text = manifest.render(sealed).encode()
-            self._files.write(self.root / layout.sealing(key), text, layout.NOTE_MODE)
+            self._make_exact(tree, sealed)
+            _refuse_foreign(target)
+            self._note_sealing(sealed)
             for directory in _tree_directories(tree):
                 self._files.sync_directory(directory)
-            self._files.sync_directory(manifests)
+            self._files.sync_directory(self.root / layout.MANIFESTS)
             try:
                 self._files.rename(tree, target)  # also over an empty one that kubelet made
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                raise AgentError(
-                    Reason.FOREIGN_DIRECTORY, f"{target} exists and is not ours"
-                ) from error
+            except OSError:
+                # Never leave the note beside a directory that appeared since we looked: without the
+                # ingest, it would say that the directory is ours.
+                self._files.unlink(self.root / layout.sealing(key))
+                _refuse_foreign(target)
+                raise
             self._files.sync_directory(target.parent)
             self._files.sync_directory(self._ingest(key))
             self._files.rename(self.root / layout.sealing(key), self.root / layout.manifest(key))
-            self._files.sync_directory(manifests)
-            self._files.unlink(self.root / layout.progress(key))
-            self._drop_ingest(key)
+            self._files.sync_directory(self.root / layout.MANIFESTS)
+            with suppress(OSError):  # it is published: what is left over is for `recover`
+                self._files.unlink(self.root / layout.progress(key))
+                self._drop_ingest(key)
 
-    def _drop_unlisted(self, tree: Path, listed: set[str]) -> None:
-        """A model holds exactly the upstream files, whatever was put into its directory."""
-        for directory, _, names in os.walk(tree):
-            for name in names:
-                path = Path(directory, name)
-                if str(path.relative_to(tree)) not in listed:
-                    self._files.unlink(path)
-        _prune(tree)
+    def _make_exact(self, tree: Path, sealed: Manifest) -> None:
+        """A model holds exactly the upstream files, whatever was done to its directory.
+
+        Modes too: an fsGroup makes what kubelet finds writable, and a killed mkdir leaves the
+        umask's.
+        """
+        self._keep_only(tree, {file.path for file in sealed.files})
+        if wrong := _not_whole(tree, sealed):
+            raise AgentError(
+                Reason.DISK_ERROR,
+                f"{wrong[0]} of {sealed.ref.uri} changed on the disk after it was proven",
+            )
+        for file in sealed.files:
+            self._files.set_mode(tree / file.path, layout.FILE_MODE)
+        for directory in _tree_directories(tree):
+            self._files.set_mode(directory, layout.DIRECTORY_MODE)
+
+    def _note_sealing(self, sealed: Manifest) -> None:
+        data = manifest.render(sealed).encode()
+        self._files.write(self.root / layout.sealing(sealed.ref.key), data, layout.NOTE_MODE)
 
     def reopen(self, key: CacheKey) -> None:
         """Take a sealed model off offer and back into an ingest, to be re-hashed and mended.
@@ -248,54 +315,74 @@ class Store:
         goes on seeing it, and sees the mended file when it takes its name.
         """
         with disk_errors(f"withdraw {key}"):
-            found = self.manifest(key) or _read_manifest(self.root / layout.sealing(key))
+            found = self._note(layout.manifest(key), key)
+            if found is not None:
+                # What was begun beside it, of another revision, has no place of its own. It goes
+                # first: with the manifest away, its tree would make this directory look foreign.
+                self._drop_ingest(key)
             if self.listing(key) is None:
+                found = found or self._note(layout.sealing(key), key)
                 if found is None:
                     raise AgentError(Reason.CONFLICT, f"{key} has no manifest to be mended by")
-                data = json.dumps(asdict(found.listing()), indent=1).encode()
-                self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
-                self._files.replace_file(self._ingest(key) / layout.LISTING, data, 0o600)
-                self._files.sync_directory(self.root / layout.INGEST)
-            self._files.unlink(self.root / layout.manifest(key))
-            self._files.sync_directory(self.root / layout.MANIFESTS)
-            self._files.rename(self.model(key), self.tree(key))
-            self._files.sync_directory(self.root / layout.MODELS)
+                self._pin(found[0].listing())
+            self._drop_note(layout.manifest(key))
+            if _is_directory(self.model(key)):
+                self._files.rename(self.model(key), self.tree(key))
+                self._files.sync_directory(self.root / layout.MODELS)
+            else:  # somebody removed it, or put something else in its place: all is to be fetched
+                self._files.make_directory(self.tree(key), layout.DIRECTORY_MODE)
             self._files.sync_directory(self._ingest(key))
 
     # -- retire -------------------------------------------------------------------------------
 
     def begin_retire(self, key: CacheKey) -> None:
-        """Take a model off offer. The caller then looks once more who uses it."""
+        """Take a model off offer. The caller then looks once more who uses it.
+
+        Each of the three steps may be repeated after it failed.
+        """
         with disk_errors(f"retire {key}"):
-            self._files.rename(self.root / layout.manifest(key), self.root / layout.retiring(key))
-            self._files.sync_directory(self.root / layout.MANIFESTS)
+            self._move_note(layout.manifest(key), layout.retiring(key))
 
     def cancel_retire(self, key: CacheKey) -> None:
         """Somebody came: put it back on offer."""
         with disk_errors(f"keep {key}"):
-            self._files.rename(self.root / layout.retiring(key), self.root / layout.manifest(key))
-            self._files.sync_directory(self.root / layout.MANIFESTS)
+            self._move_note(layout.retiring(key), layout.manifest(key))
 
     def finish_retire(self, key: CacheKey) -> None:
         """Nobody came: to the trash, whose bytes `sweep` gives back."""
         with disk_errors(f"retire {key}"):
-            self._files.rename(self.model(key), self._in_trash(key))
-            self._files.sync_directory(self.root / layout.MODELS)
-            self._files.sync_directory(self.root / layout.TRASH)
-            self._files.unlink(self.root / layout.retiring(key))
-            self._files.sync_directory(self.root / layout.MANIFESTS)
+            if os.path.lexists(self.model(key)):  # not by way of a symlink
+                self._files.rename(self.model(key), self._in_trash(key))
+                self._files.sync_directory(self.root / layout.MODELS)
+                self._files.sync_directory(self.root / layout.TRASH)
+            self._drop_note(layout.retiring(key))
+
+    def _move_note(self, source: str, target: str) -> None:
+        try:
+            self._files.rename(self.root / source, self.root / target)
+        except FileNotFoundError:
+            if not (self.root / target).exists():
+                raise
+        self._files.sync_directory(self.root / layout.MANIFESTS)
 
     def sweep(self) -> int:
         """Unlink what is in the trash, one tree after the other; how many trees went.
 
         One worker does this: sequential unlinking beats parallel on ext4 and XFS, and must not
-        compete with downloads.
+        compete with downloads. A tree that cannot be unlinked does not keep the others; the first
+        failure is raised at the end.
         """
-        count = 0
-        for name in _names(self.root / layout.TRASH):
-            with disk_errors(f"unlink the retired {name}"):
-                self._files.remove_tree(self.root / layout.TRASH / name)
-                count += 1
+        count, failure = 0, None
+        with self._sweeping:
+            for name in _names(self.root / layout.TRASH):
+                try:
+                    with disk_errors(f"unlink the retired {name}"):
+                        self._files.remove_tree(self.root / layout.TRASH / name)
+                    count += 1
+                except AgentError as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
         return count
 
     def _in_trash(self, key: CacheKey) -> Path:
@@ -313,6 +400,8 @@ class Store:
         target = self.root / layout.progress(key)
         aside = target.with_name(f".{key}.new")
         with disk_errors("write progress"):
+            # A download must not fail for a directory that somebody removed.
+            self._files.make_directory(target.parent, layout.DIRECTORY_MODE)
             aside.write_text(line + "\n")
             aside.chmod(layout.NOTE_MODE)
             aside.replace(target)
@@ -322,8 +411,11 @@ class Store:
             self._files.unlink(self.root / layout.progress(key))
 
     def touch(self, key: CacheKey, when: float) -> None:
-        """Mirror the last use, Unix seconds, so that losing the index loses no LRU order."""
-        with disk_errors("note the last use"):
+        """Mirror the last use, Unix seconds, so that losing the index loses no LRU order.
+
+        A model that was retired meanwhile has no use to note.
+        """
+        with disk_errors("note the last use"), suppress(FileNotFoundError):
             os.utime(self.root / layout.manifest(key), (when, when))
 
     # -- start --------------------------------------------------------------------------------
@@ -335,41 +427,56 @@ class Store:
         """
         foreign = []
         with disk_errors("recover the cache"):
-            for key, found in self._found().items():
-                for fix in recover(found):
-                    if fix is Fix.REPORT_FOREIGN:
-                        foreign.append(key)
-                    else:
-                        self._fix(key, fix)
+            notes = self._notes()
+            for key in self._keys(notes):
+                known = notes.get(key, set())
+                if self._repair(key, self._found_of(key, known), known):
+                    foreign.append(key)
             for name in _names(self.root / layout.PROGRESS):
                 self._files.unlink(self.root / layout.PROGRESS / name)
         return foreign
 
-    def _found(self) -> dict[CacheKey, Found]:
+    def _repair(self, key: CacheKey, found: Found, notes: set[str]) -> bool:
+        """Carry out the fixes for one key; whether something that is not ours has its place."""
+        fixes = recover(found)
+        for fix in fixes:
+            if fix is not Fix.REPORT_FOREIGN:
+                self._fix(key, fix)
+        if "sealing" in notes and not found.sealing:
+            self._drop_note(layout.sealing(key))  # cut off while it was written: it says nothing
+        return Fix.REPORT_FOREIGN in fixes or _is_odd(self.model(key))
+
+    def _notes(self) -> dict[CacheKey, set[str]]:
+        """By key, which of "manifest", "sealing", "retiring" are there."""
         notes: dict[CacheKey, set[str]] = {}
         for name in _names(self.root / layout.MANIFESTS):
             if (known := layout.key_of_manifest(name)) is not None:
                 notes.setdefault(known[0], set()).add(known[1])
+        return notes
+
+    def _keys(self, notes: Iterable[CacheKey]) -> list[CacheKey]:
         names = {*_names(self.root / layout.MODELS), *_names(self.root / layout.INGEST)}
-        keys = {CacheKey(name) for name in names if layout.is_key(name)} | set(notes)
-        return {key: self._found_of(key, notes.get(key, set())) for key in sorted(keys)}
+        return sorted({CacheKey(name) for name in names if layout.is_key(name)} | set(notes))
 
     def _found_of(self, key: CacheKey, notes: set[str]) -> Found:
-        def readable(path: str) -> bool:
-            found = _read_manifest(self.root / path)
-            return found is not None and found.ref.key == key
-
-        ours = {"manifest": layout.manifest(key), "retiring": layout.retiring(key)}
-        good = {note for note, path in ours.items() if note in notes and readable(path)}
+        paths = {
+            "manifest": layout.manifest(key),
+            "sealing": layout.sealing(key),
+            "retiring": layout.retiring(key),
+        }
+        good = {note for note in notes if self._note(paths[note], key) is not None}
+        directory = _is_directory(self.model(key)) and bool(_names(self.model(key)))
+        # A salvage waits for somebody to ask for it, and a pod may be reading it: no debris.
+        waits = self._is_salvage(key) and not (directory and notes)
         return Found(
             manifest="manifest" in good,
-            sealing="sealing" in notes and readable(layout.sealing(key)),
+            sealing="sealing" in good,
             retiring="retiring" in good,
-            unreadable=bool((notes & set(ours)) - good),
-            directory=any(True for _ in _names(self.model(key))),
+            unreadable=bool((notes & {"manifest", "retiring"}) - good),
+            directory=directory,
             listing=self.listing(key) is not None,
             tree=self.tree(key).is_dir(),
-            ingest=self._ingest(key).is_dir(),
+            ingest=self._ingest(key).is_dir() and not waits,
         )
 
     def _fix(self, key: CacheKey, fix: Fix) -> None:
@@ -386,7 +493,10 @@ class Store:
 
     def _salvage(self, key: CacheKey) -> None:
         self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
+        self._files.sync_directory(self.root / layout.INGEST)
         self._files.rename(self.model(key), self.tree(key))
+        self._files.sync_directory(self._ingest(key))
+        self._files.sync_directory(self.root / layout.MODELS)
 
     def _drop_note(self, path: str) -> None:
         self._files.unlink(self.root / path)
@@ -394,10 +504,38 @@ class Store:
 
 
 def _names(path: Path) -> list[str]:
-    try:
+    with disk_errors(f"list {path}"), suppress(FileNotFoundError, NotADirectoryError):
         return sorted(entry.name for entry in path.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return []
+
+
+def _is_directory(path: Path) -> bool:
+    """Of its own, not by way of a symlink: that could lead anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_odd(path: Path) -> bool:
+    """Something where a model's directory would be that is no directory."""
+    return path.is_symlink() or (path.exists() and not path.is_dir())
+
+
+def _refuse_foreign(target: Path, *, beside_ours: bool = False) -> None:
+    """Raise ForeignDirectory for anything but nothing, or an empty directory."""
+    if _is_odd(target) or (_names(target) and not beside_ours):
+        raise AgentError(Reason.FOREIGN_DIRECTORY, f"{target} exists and is not ours")
+
+
+def _not_whole(root: Path, found: Manifest) -> list[str]:
+    """The paths that are not regular files of their sizes in real directories."""
+    real = {""} if _is_directory(root) else set()
+    for directory in _directories(file.path for file in found.files):
+        if directory.rpartition("/")[0] in real and _is_directory(root / directory):
+            real.add(directory)
+    return [
+        file.path
+        for file in found.files
+        if file.path.rpartition("/")[0] not in real or not _is_file(root / file.path, file.size)
+    ]
 
 
 def _is_file(path: Path, size: int) -> bool:
@@ -408,31 +546,66 @@ def _is_file(path: Path, size: int) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
-def _read_manifest(path: Path) -> Manifest | None:
+def _read_manifest(path: Path) -> tuple[Manifest, float] | None:
+    """With the time it was last touched: of this very file, whoever renames it meanwhile."""
     try:
-        return manifest.parse(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8", newline="") as file:
+            return manifest.parse(file.read()), os.fstat(file.fileno()).st_mtime
     except (OSError, UnicodeDecodeError, AgentError):
         return None
 
 
-def _directories(listing: Listing) -> Iterable[str]:
-    """Every directory of the listing's paths, parents first."""
+def _directories(paths: Iterable[str]) -> list[str]:
+    """Every directory of these paths, parents first."""
     found: set[str] = set()
-    for file in listing.files:
-        parts = file.path.split("/")
+    for path in paths:
+        parts = path.split("/")
         found.update("/".join(parts[:n]) for n in range(1, len(parts)))
     return sorted(found)
 
 
+def _files_below(root: Path) -> Iterator[Path]:
+    """Everything below that is no directory of its own. Follows no symlink, not even the root."""
+    if not _is_directory(root):
+        return
+    for directory, directories, names in os.walk(root):
+        for name in names:
+            yield Path(directory, name)
+        for name in directories:  # os.walk calls a symlink to a directory a directory
+            if Path(directory, name).is_symlink():
+                yield Path(directory, name)
+
+
 def _tree_directories(root: Path) -> list[Path]:
+    """The root and every directory below it, children first. Follows no symlink, as above."""
+    if not _is_directory(root):
+        return []
     return [Path(directory) for directory, _, _ in os.walk(root, topdown=False)]
 
 
-def _prune(root: Path) -> None:
-    """Remove directories that hold nothing (any more), but not the root."""
-    for directory in _tree_directories(root):
-        if directory != root and not any(directory.iterdir()):
-            directory.rmdir()
+def _worth_keeping(previous: Listing | None, listing: Listing) -> set[str]:
+    """The paths whose bytes, found in an ingest, may be those that the listing promises.
+
+    Of the same listing: all. Of another: those a hash can decide on, and that are not known to have
+    changed. The origin may differ: a repair has none.
+    """
+    if previous == listing:
+        return {file.path for file in listing.files}
+    before = {file.path: file for file in previous.files} if previous is not None else {}
+    return {
+        file.path
+        for file in listing.files
+        if file.digest is not None and not _changed(before.get(file.path), file)
+    }
+
+
+def _changed(before: RemoteFile | None, file: RemoteFile) -> bool:
+    if before is None:
+        return False
+    if before.size != file.size:
+        return True
+    old, new = before.digest, file.digest
+    return old is not None and new is not None and old.algorithm == new.algorithm and old != new
 
 
 def _listing_from_json(data: bytes) -> Listing:

@@ -7,7 +7,6 @@ A path below the repository names a directory, or one file, which is then publis
 name. Read from the environment: HF_ENDPOINT, HF_TOKEN (or the token file under HF_HOME).
 """
 
-import asyncio
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from urllib.parse import quote, unquote
 import httpx2
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
+    DisabledRepoError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -27,15 +27,28 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # lazily
 
 from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
-from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
-from agent.sources.base import pin
+from agent.layout import is_one_line
+from agent.model import Algorithm, Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
+from agent.sources.base import in_thread, pin
+from agent.sources.session import bounded
 
 _URI = re.compile(r"hf://(?P<repo>[^/:]+/[^/:]+)(?::(?P<revision>[^/]*))?(?:/(?P<below>.*))?")
-_LISTING_SECONDS = 30.0
 _DEFAULT_ENDPOINT = "https://huggingface.co"
+
+_ANSWER_SECONDS = 30.0
+_LISTING_SECONDS = 300.0
+"""A tree of 100,000 files is a hundred pages of a second or two."""
+
+# What is believed of a hub's answers goes into URLs, manifests and messages.
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_HEX: dict[Algorithm, re.Pattern[str]] = {
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "git-sha1": re.compile(r"[0-9a-f]{40}"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +80,23 @@ class _Address:
 class HuggingFace:
     """One hub. `token` is asked for at every use, so a rotated one is seen."""
 
-    def __init__(self, endpoint: str, token: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        token: Callable[[], str | None],
+        *,
+        answer_seconds: float = _ANSWER_SECONDS,
+        listing_seconds: float = _LISTING_SECONDS,
+    ) -> None:
         self._endpoint = endpoint.rstrip("/")
-        self._token = token
+        # As it is shown: an endpoint may hold a name and a password.
+        self._name = re.sub("//[^/]*@", "//", self._endpoint)
+        self._ask_token = token
+        self._answer_seconds = answer_seconds
+        self._listing_seconds = listing_seconds
+
+    def __repr__(self) -> str:
+        return f"HuggingFace({self._name!r})"
 
     @classmethod
     def from_environment(cls) -> "HuggingFace":
@@ -80,50 +107,100 @@ class HuggingFace:
 
     async def list(self, ref: ModelRef) -> Listing:
         # The client is synchronous; one listing is one thread for a second or two.
-        return await asyncio.to_thread(self._list, ref)
+        return await in_thread(lambda: self._list(ref))
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         address = _parse(listing.ref.uri)
         path = quote(address.origin(file))
-        token = await asyncio.to_thread(self._token)
+        token = await in_thread(self._token)
         return HttpLocator(
             url=f"{self._endpoint}/{address.repo}/resolve/{quote(listing.revision)}/{path}",
             headers={"Authorization": f"Bearer {token}"} if token else {},
         )
 
+    def _token(self) -> str | None:
+        """The token of this moment; None for anonymous. Raises Unauthorized, NetworkError."""
+        with _hub_errors("the token", self._name):
+            token = self._ask_token()
+        if token and not (token.isascii() and token.isprintable()):
+            # Said here, without it: HTTP's own complaint would quote it.
+            raise AgentError(Reason.UNAUTHORIZED, "the token holds characters no header can carry")
+        return token or None
+
     def _list(self, ref: ModelRef) -> Listing:
         address = _parse(ref.uri)
-        with _hub_errors(ref.uri, self._endpoint):
-            api = HfApi(endpoint=self._endpoint, token=self._token() or False)
-            info = api.model_info(address.repo, revision=address.revision, timeout=_LISTING_SECONDS)
-            if info.sha is None:
-                raise AgentError(Reason.BAD_RESPONSE, f"{self._endpoint} names no commit")
-            tree = api.list_repo_tree(address.repo, recursive=True, revision=info.sha)
-            files = [item for item in tree if isinstance(item, RepoFile)]
-        found = [_remote(file, path) for file in files if (path := address.published(file.path))]
+        token = self._token()
+        with (
+            bounded(
+                self._endpoint,
+                self._name,
+                answer_seconds=self._answer_seconds,
+                seconds=self._listing_seconds,
+            ),
+            _hub_errors(ref.uri, self._name),
+        ):
+            api = HfApi(endpoint=self._endpoint, token=token or False)
+            commit = api.model_info(address.repo, revision=address.revision).sha
+            if commit is None or not _COMMIT.fullmatch(commit):
+                raise ValueError("it names no commit")
+            tree = api.list_repo_tree(address.repo, recursive=True, revision=commit)
+            files = [_checked(item) for item in tree if isinstance(item, RepoFile)]
+        published = ((file, address.published(file.path)) for file in files)
+        found = [_remote(file, path) for file, path in published if path is not None]
         if files and not found:
             raise AgentError(
-                Reason.FILE_NOT_FOUND, f"{address.repo} at {info.sha} has no {address.below}"
+                Reason.FILE_NOT_FOUND, f"{address.repo} at {commit} has no {address.below}"
             )
-        return pin(ref, info.sha, found)
+        return pin(ref, commit, found)
 
 
 def _parse(uri: str) -> _Address:
     match = _URI.fullmatch(uri)
-    if match is None or (match["below"] is not None and not match["below"].strip("/")):
+    below = match["below"] if match else None
+    revision = unquote(match["revision"] or "") if match else ""
+    odd = below is not None and not {"", ".", ".."}.isdisjoint(_names(below))
+    odd = odd or revision == "." or ".." in revision or not is_one_line(uri + revision)
+    if match is None or odd:
         raise AgentError(
             Reason.INVALID_SPEC, f"{uri[:200]!r} must be hf://owner/name[:revision][/path]"
         )
-    revision = unquote(match["revision"]) if match["revision"] else None
-    return _Address(match["repo"], revision, (match["below"] or "").strip("/"))
+    try:
+        validate_repo_id(match["repo"])
+    except HFValidationError as error:
+        raise AgentError(Reason.INVALID_SPEC, f"{uri[:200]!r}: {str(error)[:200]}") from error
+    return _Address(match["repo"], revision or None, (below or "").rstrip("/"))
+
+
+def _names(below: str) -> list[str]:
+    """The names of a path; one slash at its end is how a directory is written."""
+    return below.removesuffix("/").split("/")
+
+
+def _checked(file: RepoFile) -> RepoFile:
+    size, digest = _size(file), _digest(file)
+    if not isinstance(file.path, str):
+        raise ValueError("it lists a file without a name")
+    if type(size) is not int or size < 0:
+        raise ValueError(f"it lists the size {size!r:.40} for {file.path!r:.80}")
+    if not isinstance(digest.hex, str) or not _HEX[digest.algorithm].fullmatch(digest.hex):
+        raise ValueError(
+            f"it lists the {digest.algorithm} {digest.hex!r:.80} for {file.path!r:.80}"
+        )
+    return file
+
+
+def _size(file: RepoFile) -> int:
+    return file.size if file.lfs is None else file.lfs.size
+
+
+def _digest(file: RepoFile) -> Digest:
+    if file.lfs is None:
+        return Digest("git-sha1", file.blob_id)
+    return Digest("sha256", file.lfs.sha256)
 
 
 def _remote(file: RepoFile, path: str) -> RemoteFile:
-    if file.lfs is not None:
-        size, digest = file.lfs.size, Digest("sha256", file.lfs.sha256)
-    else:
-        size, digest = file.size, Digest("git-sha1", file.blob_id)
-    return RemoteFile(path=path, size=size, origin=file.path, digest=digest)
+    return RemoteFile(path=path, size=_size(file), origin=file.path, digest=_digest(file))
 
 
 @contextmanager
@@ -141,15 +218,17 @@ def _hub_errors(uri: str, endpoint: str) -> Iterator[None]:
         raise AgentError(Reason.REVISION_NOT_FOUND, f"{uri}: no such revision") from error
     except EntryNotFoundError as error:
         raise AgentError(Reason.FILE_NOT_FOUND, f"{uri}: no such path") from error
-    except HFValidationError as error:
-        raise AgentError(Reason.INVALID_SPEC, f"{uri}: {str(error)[:200]}") from error
+    except DisabledRepoError as error:
+        raise AgentError(
+            Reason.REPOSITORY_NOT_FOUND, f"{uri}: {endpoint} has disabled this repository"
+        ) from error
     except HfHubHTTPError as error:
         raise _of_status(error, uri, endpoint) from error
-    except httpx2.TimeoutException as error:
-        raise AgentError(Reason.STALLED, f"{endpoint} did not answer in time") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except ImportError as error:  # of the client's HTTP library, for a SOCKS proxy
+        raise AgentError(Reason.UNSUPPORTED, f"{str(error)[:200]}") from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise AgentError(Reason.NETWORK, f"cannot reach {endpoint}: {str(error)[:200]}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise AgentError(
             Reason.BAD_RESPONSE, f"{endpoint} does not answer like a hub: {error!r:.200}"
         ) from error

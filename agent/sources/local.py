@@ -5,18 +5,17 @@ read is not published. Symlinks to files are followed (a hub client's snapshot i
 symlinks to directories are not.
 """
 
-import asyncio
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from agent.errors import AgentError, Reason
 from agent.files import disk_errors, version_of
 from agent.model import Listing, Locator, ModelRef, PathLocator, RemoteFile
-from agent.sources.base import pin
+from agent.sources.base import in_thread, pin, selected
 
 
 class LocalPath:
@@ -26,43 +25,59 @@ class LocalPath:
         _path(ref)
 
     async def list(self, ref: ModelRef) -> Listing:
-        return await asyncio.to_thread(_list, ref)
+        return await in_thread(lambda: _list(ref))
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         root = _path(listing.ref)
-        path = root if root.is_file() else root / file.path
+        path = await in_thread(lambda: root if root.is_file() else root / file.path)
         return PathLocator(path=str(path), version=file.version)
 
 
 def _path(ref: ModelRef) -> Path:
-    if not ref.uri.startswith("file:"):
-        return Path(ref.uri)
-    parts = urlsplit(ref.uri)
-    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+    """Taken apart by hand: urlsplit drops what follows a `#` or a `?`, and every line feed."""
+    raw = ref.uri.encode(errors="surrogateescape")
+    host = b""
+    if raw.startswith(b"file:"):
+        raw = raw.removeprefix(b"file:")
+        if raw.startswith(b"//"):
+            host, slash, rest = raw.removeprefix(b"//").partition(b"/")
+            raw = slash + rest
+        if b"?" in raw or b"#" in raw:
+            raise AgentError(
+                Reason.INVALID_SPEC, f"{ref.uri[:200]!r}: write %3F for a ? and %23 for a #"
+            )
+        raw = unquote_to_bytes(raw)
+    if host not in (b"", b"localhost") or not raw.startswith(b"/") or b"\0" in raw:
         raise AgentError(
             Reason.INVALID_SPEC, f"{ref.uri[:200]!r} must be file:///absolute/path, on this machine"
         )
-    return Path(unquote(parts.path))
+    return Path(os.fsdecode(raw))
 
 
 def _list(ref: ModelRef) -> Listing:
     root = _path(ref)
     with disk_errors(f"list {root}"):
-        if not root.exists():
-            raise AgentError(Reason.FILE_NOT_FOUND, f"{root} does not exist")
-        files = [_file(root, root.name)] if root.is_file() else list(_walk(root))
+        try:
+            files = [_file(root, root.name)] if not root.is_dir() else list(_walk(root, ref))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # Also a link that points nowhere, and a file that went while we looked.
+            raise AgentError(
+                Reason.FILE_NOT_FOUND, f"{error.filename or root} does not exist"
+            ) from error
     pinned = "".join(
         f"{file.path}\0{file.version}\0" for file in sorted(files, key=lambda f: f.path)
     )
-    revision = hashlib.sha256(pinned.encode(errors="surrogateescape")).hexdigest()[:40]
+    revision = hashlib.sha256(pinned.encode(errors="surrogatepass")).hexdigest()[:40]
     return pin(ref, revision, files)
 
 
-def _walk(root: Path) -> Iterator[RemoteFile]:
+def _walk(root: Path, ref: ModelRef) -> Iterator[RemoteFile]:
     for directory, _, names in os.walk(root, onerror=_raise):
         for name in names:
             path = Path(directory, name)
-            yield _file(path, str(path.relative_to(root)))
+            relative = str(path.relative_to(root))
+            if selected(relative, ref):  # what is left out may be anything
+                yield _file(path, relative)
 
 
 def _raise(error: OSError) -> None:

@@ -7,11 +7,11 @@ buffers (`readinto`), which is worth a third of the CPU of a download.
 import base64
 import contextlib
 import http.client
+import ipaddress
 import socket
 import ssl
 import threading
 import urllib.request
-from collections import defaultdict
 from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -91,8 +91,11 @@ class Connection:
     def __init__(
         self, origin: Origin, raw: http.client.HTTPConnection, prefix: str, proxy_auth: str
     ) -> None:
+        assert raw.sock is not None  # it is connected
         self.origin = origin
         self.raw = raw
+        # http.client forgets the socket of an answer that ends with its connection.
+        self.sock: socket.socket = raw.sock
         self.fresh = True  # nothing was asked on it yet: a failure is not a stale keep-alive
         self._prefix = prefix
         self._proxy_auth = proxy_auth
@@ -109,52 +112,60 @@ class Connection:
 
 
 class Connections:
-    """Idle connections, kept for the next file of the same origin. Thread-safe."""
+    """Idle connections, at most `keep`, for the next file of the same origin. Thread-safe."""
 
     def __init__(self, *, connect_seconds: float, stall_seconds: float, keep: int) -> None:
         self._connect_seconds = connect_seconds
         self._stall_seconds = stall_seconds
         self._keep = keep
         self._lock = threading.Lock()
-        self._idle: dict[Origin, list[Connection]] = defaultdict(list)
+        self._idle: list[Connection] = []  # the last given is the last to go stale
+        self._closed = False
         self._tls: ssl.SSLContext | None = None
 
     def take(self, origin: Origin, cancellation: Cancellation, *, fresh: bool) -> Connection:
         """A connection that this thread owns until `give` or `drop`."""
-        with self._lock:
-            idle = self._idle[origin]
-            connection = idle.pop() if idle and not fresh else None
+        connection = None if fresh else self._take_idle(origin)
         if connection is None:
             connection = self._connect(origin)
-        sock = connection.raw.sock
-        assert sock is not None  # connected in _connect, and kept only while open
         try:
-            cancellation.attach(sock)
+            cancellation.attach(connection.sock)
         except Cancelled:
             connection.close()
             raise
         return connection
 
+    def _take_idle(self, origin: Origin) -> Connection | None:
+        with self._lock:
+            for at in reversed(range(len(self._idle))):
+                if self._idle[at].origin == origin:
+                    return self._idle.pop(at)
+        return None
+
     def give(self, connection: Connection, cancellation: Cancellation) -> None:
         """The body was read to its end and the server keeps the connection open."""
-        cancellation.detach(connection.raw.sock)
+        cancellation.detach(connection.sock)
         connection.fresh = False
         with self._lock:
-            idle = self._idle[connection.origin]
-            if len(idle) < self._keep:
-                idle.append(connection)
-                return
-        connection.close()
+            self._idle.append(connection)
+            # One list for all origins: a source that redirects to ever new hosts must not
+            # collect descriptors.
+            keep = 0 if self._closed else self._keep
+            surplus = self._idle[: max(0, len(self._idle) - keep)]
+            del self._idle[: len(surplus)]
+        for old in surplus:
+            old.close()
 
     def drop(self, connection: Connection, cancellation: Cancellation) -> None:
-        cancellation.detach(connection.raw.sock)
+        cancellation.detach(connection.sock)
         connection.close()
 
     def close(self) -> None:
         with self._lock:
-            for connection in (c for idle in self._idle.values() for c in idle):
-                connection.close()
-            self._idle.clear()
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def _connect(self, origin: Origin) -> Connection:
         proxy = _proxy_for(origin)
@@ -176,10 +187,14 @@ class Connections:
             raw = http.client.HTTPConnection(host, port, timeout=self._connect_seconds)
             if proxy:
                 prefix = f"http://{_bracketed(origin.host)}:{origin.port}"
-        raw.connect()
-        assert raw.sock is not None
-        raw.sock.settimeout(self._stall_seconds)
-        return Connection(origin, raw, prefix, auth)
+        try:
+            raw.connect()
+        except BaseException:
+            raw.close()  # a proxy that accepts and then says nothing leaves the socket open
+            raise
+        connection = Connection(origin, raw, prefix, auth)
+        connection.sock.settimeout(self._stall_seconds)
+        return connection
 
     def _tls_context(self) -> ssl.SSLContext:
         with self._lock:
@@ -190,19 +205,40 @@ class Connections:
 
 def _proxy_for(origin: Origin) -> SplitResult | None:
     """As curl and requests read the environment: http_proxy, https_proxy, all_proxy, no_proxy."""
-    if urllib.request.proxy_bypass(f"{_bracketed(origin.host)}:{origin.port}"):
-        return None
     proxies = urllib.request.getproxies()
     url = proxies.get(origin.scheme) or proxies.get("all")
-    if not url:
+    if not url or _bypassed(origin, proxies.get("no", "")):
         return None
-    proxy = urlsplit(url if "://" in url else f"http://{url}")
-    if proxy.scheme != "http":
+    try:
+        proxy = urlsplit(url if "://" in url else f"http://{url}")
+        usable = proxy.scheme == "http" and proxy.port != 0
+    except ValueError:  # its text would quote the URL, which may hold a password
+        usable = False
+    if not usable:
         raise AgentError(
             Reason.UNSUPPORTED,
-            f"the {origin.scheme}_proxy variable names a {proxy.scheme} proxy; use an http one",
+            f"the proxy of the environment for {origin.scheme} is not http://[user:pass@]host:port",
         )
     return proxy
+
+
+def _bypassed(origin: Origin, no_proxy: str) -> bool:
+    """Whether no_proxy excepts this origin: by name, by suffix, or by a network it is in.
+
+    The standard library knows no networks, and a cluster's no_proxy is made of them; the hub's
+    client knows them too, so a listing and its files go the same way.
+    """
+    if urllib.request.proxy_bypass(f"{_bracketed(origin.host)}:{origin.port}"):
+        return True
+    try:
+        address = ipaddress.ip_address(origin.host)
+    except ValueError:
+        return False
+    for entry in no_proxy.split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
+                return True
+    return False
 
 
 def _proxy_authorization(proxy: SplitResult | None) -> str:

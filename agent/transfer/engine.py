@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,11 @@ _T = TypeVar("_T")
 _PROGRESS_BYTES = 8 * 1024 * 1024
 """A try that moved this much was a good one: the count of failures in a row begins anew."""
 
+_WRONG_BYTES = frozenset({Reason.SIZE_MISMATCH, Reason.DIGEST_MISMATCH})
+
 _ABANDON_SECONDS = 5.0
-"""How long a cancelled thread may take to notice: only one stuck in connect or DNS takes longer,
-and that one writes nothing afterwards."""
+"""How long a cancelled thread may take to notice: only one stuck in connect, DNS or a hung disk
+takes longer, and its sink is closed to it by then."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,8 +72,8 @@ class Engine:
         self._buffers = Buffers()
         self._dice = dice
         self._connections = Connections(
-            connect_seconds=connect_seconds, stall_seconds=stall_seconds, keep=connections
-        )
+            connect_seconds=connect_seconds, stall_seconds=stall_seconds, keep=2 * connections
+        )  # a hub's file takes two: the hub, and where it redirects to
         self._exchange = Exchange(self._connections, user_agent)
 
     def close(self) -> None:
@@ -84,9 +87,10 @@ class Engine:
         """
         async with self._slots:
             sink = Sink(job.path, size=job.size, promised=job.promised)
+            tally = _Tally(job.on_bytes)
             try:
-                await self._in_thread(lambda cancellation: self._resume(job, sink, cancellation))
-                return await self._persist(job, sink)
+                await self._in_thread(lambda cancellation: self._resume(sink, tally, cancellation))
+                return await self._persist(job, sink, tally)
             finally:
                 sink.close()
 
@@ -102,65 +106,72 @@ class Engine:
         async with self._slots:
             return await self._in_thread(work)
 
-    async def _persist(self, job: FileJob, sink: Sink) -> str:
+    async def _persist(self, job: FileJob, sink: Sink, tally: "_Tally") -> str:
         """Try until the file is proven or the reason says that it is enough."""
         locator = await job.locate()
-        tries, relocated, mark = 0, False, sink.offset
+        # Failures in a row; wrong bytes on an account of their own, which progress does not clear:
+        # each of them costs a whole download.
+        failures: Counter[bool] = Counter()
+        relocated, mark = False, sink.offset
         while True:
             try:
                 return await self._in_thread(
-                    lambda cancellation: self._attempt(job, sink, locator, cancellation)  # noqa: B023 - awaited before the next turn
+                    lambda cancellation: self._attempt(sink, tally, locator, cancellation)  # noqa: B023 - awaited before the next turn
                 )
             except AgentError as error:
                 if sink.offset - mark >= _PROGRESS_BYTES:
-                    tries, relocated, mark = 0, False, sink.offset
+                    relocated, mark = False, sink.offset
+                    failures[False] = 0
                 if error.reason is Reason.LINK_EXPIRED and not relocated:
                     relocated = True
                     locator = await job.locate()
                     continue
-                tries += 1
-                delay = in_place_delay(error, tries, self._dice)
+                wrong = error.reason in _WRONG_BYTES
+                failures[wrong] += 1
+                delay = in_place_delay(error, failures[wrong], self._dice)
                 if delay is None:
                     raise
                 job.on_retry(error)
                 await asyncio.sleep(delay)
 
-    def _resume(self, job: FileJob, sink: Sink, cancellation: Cancellation) -> None:
+    def _resume(self, sink: Sink, tally: "_Tally", cancellation: Cancellation) -> None:
         with self._buffer() as buffer:
             sink.resume(buffer, cancellation)
-        job.on_bytes(sink.offset, 0)
+        tally.settle(sink.offset)
 
     def _attempt(
-        self, job: FileJob, sink: Sink, locator: Locator, cancellation: Cancellation
+        self, sink: Sink, tally: "_Tally", locator: Locator, cancellation: Cancellation
     ) -> str:
         """One connection, from the frontier to the end and the proof. Runs in a thread."""
-        if sink.offset < sink.size:
-            with self._open(locator, sink, cancellation) as body:
-                if body.start != sink.offset:
-                    self._restart(job, sink)
-                intake = Intake(
-                    _Counted(body, job.on_bytes),
-                    throttle=self._throttle,
-                    stall_seconds=self._stall_seconds,
-                    cancellation=cancellation,
-                )
-                pump(intake, sink, self._buffers)
-                if isinstance(body, LocalBody):
-                    body.check()
-            if sink.offset < sink.size:
-                raise AgentError(
-                    Reason.NETWORK, f"{body.where} ended after {sink.offset} of {sink.size} bytes"
-                )
         try:
+            if sink.offset < sink.size:
+                self._move(sink, tally, locator, cancellation)
             return sink.prove()
         except AgentError as error:
-            if error.reason is Reason.DIGEST_MISMATCH:
-                self._restart(job, sink)  # wrong bytes are good for nothing, a resume least
+            if error.reason in _WRONG_BYTES and sink.offset == sink.size:
+                sink.restart()  # wrong bytes are good for nothing, a resume least
             raise
+        finally:
+            tally.settle(sink.offset)
 
-    def _restart(self, job: FileJob, sink: Sink) -> None:
-        job.on_bytes(-sink.offset, 0)
-        sink.restart()
+    def _move(
+        self, sink: Sink, tally: "_Tally", locator: Locator, cancellation: Cancellation
+    ) -> None:
+        with self._open(locator, sink, cancellation) as body:
+            if body.start != sink.offset:
+                sink.restart()
+                tally.settle(sink.offset)
+            intake = Intake(
+                _Counted(body, tally),
+                throttle=self._throttle,
+                stall_seconds=self._stall_seconds,
+                cancellation=cancellation,
+            )
+            pump(intake, sink, self._buffers)
+        if sink.offset < sink.size:
+            raise AgentError(
+                Reason.NETWORK, f"{body.where} ended after {sink.offset} of {sink.size} bytes"
+            )
 
     @contextlib.contextmanager
     def _open(
@@ -215,23 +226,41 @@ class Engine:
         except asyncio.CancelledError:
             cancellation.cancel()
             await asyncio.wait({done}, timeout=_ABANDON_SECONDS)
-            if done.done():
-                done.exception()  # seen: Cancelled, or a failure that came too late to matter
+            # Seen, now or whenever: Cancelled, or a failure that came too late to matter.
+            done.add_done_callback(lambda settled: settled.exception())
             raise
         except Cancelled as error:  # only our own cancel raises it
             raise asyncio.CancelledError from error
 
 
+class _Tally:
+    """What `on_bytes` was told of one file. What came and was not kept is taken back."""
+
+    def __init__(self, on_bytes: Callable[[int, int], None]) -> None:
+        self._on_bytes = on_bytes
+        self._done = 0
+
+    def receive(self, count: int) -> None:
+        self._done += count
+        self._on_bytes(count, count)
+
+    def settle(self, offset: int) -> None:
+        """No attempt is running, and this much of the file is in its place."""
+        change, self._done = offset - self._done, offset
+        if change:
+            self._on_bytes(change, 0)
+
+
 class _Counted:
     """A body that reports what was received of it."""
 
-    def __init__(self, body: Readable, on_bytes: Callable[[int, int], None]) -> None:
+    def __init__(self, body: Readable, tally: _Tally) -> None:
         self.where = body.where
         self._body = body
-        self._on_bytes = on_bytes
+        self._tally = tally
 
     def read_into(self, view: memoryview) -> int:
         count = self._body.read_into(view)
         if count:
-            self._on_bytes(count, count)
+            self._tally.receive(count)
         return count

@@ -8,9 +8,10 @@ if it says that it is that range of that whole.
 import contextlib
 import http.client
 import re
+import ssl
 import time
 from collections.abc import Iterator, Mapping
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
@@ -26,6 +27,7 @@ from agent.transfer.connections import (
 
 _MAX_REDIRECTS = 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_URL_SYNTAX = "%/:?#[]@!$&'()*+,;=~"
 
 # Answers that a fresh link may cure, when they come from where the link points and not from the
 # source itself.
@@ -118,8 +120,10 @@ class Exchange:
             target = response.headers.get("Location")
             self._finish_redirect(connection, response, cancellation)
             if not target:
-                raise AgentError(Reason.BAD_RESPONSE, f"a redirect without a target from {url}")
-            url = urljoin(url, target)
+                raise AgentError(
+                    Reason.BAD_RESPONSE, f"a redirect without a target from {without_query(url)}"
+                )
+            url = _joined(url, target)
         raise AgentError(
             Reason.BAD_RESPONSE,
             f"more than {_MAX_REDIRECTS} redirects from {without_query(locator.url)}",
@@ -138,14 +142,12 @@ class Exchange:
         connection = self._connections.take(origin, cancellation, fresh=False)
         try:
             return connection, connection.get(url, headers)
-        except (http.client.RemoteDisconnected, ConnectionError):
+        except BaseException as error:
             self._connections.drop(connection, cancellation)
-            cancellation.check()
-            if connection.fresh:
+            closed_meanwhile = isinstance(error, (ConnectionError, ssl.SSLError))
+            if connection.fresh or not closed_meanwhile:
                 raise
-        except BaseException:
-            self._connections.drop(connection, cancellation)
-            raise
+        cancellation.check()
         connection = self._connections.take(origin, cancellation, fresh=True)
         try:
             return connection, connection.get(url, headers)
@@ -160,37 +162,46 @@ class Exchange:
         cancellation: Cancellation,
     ) -> None:
         """Keep the connection if the body of the redirect is as small as it should be."""
-        small = response.length is not None and response.length <= 65536
-        with network_errors("read a redirect"):
-            if small:
-                response.read()
-        response.close()
-        if small and not response.will_close:
-            self._connections.give(connection, cancellation)
-        else:
-            self._connections.drop(connection, cancellation)
+        reuse = False
+        try:
+            if response.length is not None and response.length <= 65536:
+                with network_errors("read a redirect"):
+                    response.read()
+                reuse = not response.will_close
+        finally:
+            response.close()
+            if reuse:
+                self._connections.give(connection, cancellation)
+            else:
+                self._connections.drop(connection, cancellation)
+
+
+def _joined(url: str, target: str) -> str:
+    """Where a Location points to. What no URL may hold is escaped, as browsers do."""
+    return urljoin(url, quote(target.encode("latin-1", "replace"), safe=_URL_SYNTAX))
 
 
 def _placed(
     response: http.client.HTTPResponse, *, start: int, size: int, where: str
 ) -> tuple[int, int | None]:
     """Offset and length of the body, once it is sure which part of which whole it is."""
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise AgentError(Reason.BAD_RESPONSE, f"{where} answers with encoding {encoding!r}")
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise AgentError(Reason.BAD_RESPONSE, f"{where} answers with encoding {encoding[:40]!r}")
     placed = response.headers.get("Content-Range")
     if response.status == 206:
         match = _CONTENT_RANGE.fullmatch(placed or "")
         if match is None or int(match[1]) != start or int(match[2]) != int(match[3]) - 1:
             raise AgentError(
-                Reason.BAD_RESPONSE, f"{where} was asked from byte {start} and sends {placed!r}"
+                Reason.BAD_RESPONSE,
+                f"{where} was asked from byte {start} and sends {(placed or '')[:80]!r}",
             )
         _check_size(int(match[3]), size, where)
         return start, _announced(response, size - start, where)
     if placed is not None:
         # Seen from real servers: status 200, a part of the file, and a Content-Range.
         raise AgentError(
-            Reason.BAD_RESPONSE, f"{where} sends status 200 with Content-Range {placed!r}"
+            Reason.BAD_RESPONSE, f"{where} sends status 200 with Content-Range {placed[:80]!r}"
         )
     return 0, _announced(response, size, where)
 
@@ -219,7 +230,8 @@ def _check_status(response: http.client.HTTPResponse, where: str, *, linked: boo
     status = response.status
     if status in (200, 206):
         return
-    said = f"{where} answers {status} {response.reason}".rstrip()
+    # The standard's phrase and not the server's, which may be anything.
+    said = f"{where} answers {status} {http.client.responses.get(status, '')}".rstrip()
     if linked and status in _EXPIRED:
         raise AgentError(Reason.LINK_EXPIRED, said)
     if status == 429:

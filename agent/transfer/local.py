@@ -1,6 +1,8 @@
 """A file of this machine as a body: read like one that comes over a wire, and pinned like one."""
 
+import errno
 import os
+import stat
 
 from agent.errors import AgentError, Reason
 from agent.files import disk_errors, version_of
@@ -8,30 +10,46 @@ from agent.model import PathLocator
 
 
 class LocalBody:
-    """The rest of a local file. `check` says whether it was the same file all the time."""
+    """The rest of a local file. Raises SourceChanged as soon as it is not the listed one."""
 
     def __init__(self, locator: PathLocator, *, start: int) -> None:
         self.where = locator.path
         self.start = start
         self._version = locator.version
         self._offset = start
-        with disk_errors(f"open {locator.path}"):
-            self._file = os.open(locator.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = _open(locator.path)
         try:
-            self.check()
+            self._check()
         except BaseException:
             self.close()
             raise
 
-    def check(self) -> None:
-        if self._version is not None and version_of(os.fstat(self._file)) != self._version:
-            raise AgentError(Reason.SOURCE_CHANGED, f"{self.where} changed while it was read")
+    def _check(self) -> None:
+        found = os.fstat(self._file)
+        if not stat.S_ISREG(found.st_mode):
+            raise AgentError(Reason.UNSAFE_PATH, f"{self.where} is not a regular file")
+        if self._version is not None and version_of(found) != self._version:
+            raise AgentError(Reason.SOURCE_CHANGED, f"{self.where} changed since it was listed")
 
     def read_into(self, view: memoryview) -> int:
         with disk_errors(f"read {self.where}"):
             count = os.preadv(self._file, [view], self._offset)
+        self._check()  # after the read: what was read before a change is good
         self._offset += count
         return count
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _open(path: str) -> int:
+    with disk_errors(f"open {path}"):
+        try:
+            # Without O_NONBLOCK, a fifo would hang here for ever.
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AgentError(Reason.SOURCE_CHANGED, f"{path} is there no more") from error
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a socket
+                raise AgentError(Reason.UNSAFE_PATH, f"{path} is not a regular file") from error
+            raise

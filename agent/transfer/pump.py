@@ -110,6 +110,7 @@ def pump(intake: Intake, sink: Sink, buffers: Buffers) -> None:
         _expect_end(intake, sink, taken[0])
     finally:
         buffers.give(taken)
+        sink.settle()
 
 
 def _straight(intake: Intake, sink: Sink, buffer: bytearray, left: int) -> None:
@@ -135,7 +136,8 @@ class _Ring:
         self._free: SimpleQueue[bytearray] = SimpleQueue()
         self._to_write: SimpleQueue[_Filled | None] = SimpleQueue()
         self._to_hash: SimpleQueue[_Filled | None] = SimpleQueue()
-        self._failure: AgentError | None = None
+        # What ended a thread: whatever it is, or the others would wait for their buffers for ever.
+        self._failure: BaseException | None = None
         for buffer in buffers:
             self._free.put(buffer)
 
@@ -144,9 +146,11 @@ class _Ring:
             threading.Thread(target=self._write, name="write", daemon=True),
             threading.Thread(target=self._hash, name="hash", daemon=True),
         ]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                thread.start()  # may fail: a pod's number of threads is limited
+                started.append(thread)
             while left > 0 and self._failure is None:
                 count = self._fill(intake, left)
                 if count == 0:
@@ -154,10 +158,9 @@ class _Ring:
                 left -= count
         finally:
             self._to_write.put(None)
-            for thread in threads:
+            for thread in started:
                 thread.join()
         if self._failure is not None:
-            self._sink.settle(keep=self._sink.offset)
             raise self._failure
 
     def _fill(self, intake: Intake, left: int) -> int:
@@ -166,7 +169,10 @@ class _Ring:
         view = memoryview(buffer)[:left]
         filled = 0
         try:
-            while filled < len(view) and (count := intake.read(view[filled:])):
+            while filled < len(view) and self._failure is None:
+                count = intake.read(view[filled:])
+                if count == 0:
+                    break
                 filled += count
         finally:
             if filled:
@@ -179,7 +185,7 @@ class _Ring:
             if self._failure is None:
                 try:
                     self._sink.write(memoryview(buffer)[:count])
-                except AgentError as error:
+                except BaseException as error:  # noqa: BLE001 - raised by `run`
                     self._failure = error
             if self._failure is None:
                 self._to_hash.put(item)

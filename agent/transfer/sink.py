@@ -4,15 +4,19 @@ A partial file is a prefix, so its size is all there is to remember: a later lif
 finds and goes on behind it. Nothing is believed before `prove`.
 """
 
+import contextlib
 import hashlib
 import os
+import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.files import disk_errors
 from agent.model import Digest
-from agent.transfer.connections import Cancellation
+from agent.transfer.connections import Cancellation, Cancelled
 
 BUFFER_BYTES = 512 * 1024
 """Stays in the second-level cache between receive, write and hash: up to 2 x faster than 4 MiB."""
@@ -50,7 +54,8 @@ class Hashes:
 class Sink:
     """One partial file, open for writing at its end. Used by one attempt at a time.
 
-    `offset` counts the bytes that are written *and* hashed.
+    `offset` counts the bytes that are written *and* hashed. After `close`, every method raises
+    Cancelled.
     """
 
     def __init__(self, path: Path, *, size: int, promised: Digest | None) -> None:
@@ -60,27 +65,34 @@ class Sink:
         self._promised = promised
         self._hashes = Hashes(size, promised)
         self._written = 0
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
         with disk_errors(f"open {path.name}"):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.open(path, flags, 0o600)
+            self._file = _open(path)
 
     def resume(self, buffer: bytearray, cancellation: Cancellation) -> None:
-        """Hash what an earlier life left, up to the announced size; cut off what is beyond."""
-        self.settle(keep=min(os.fstat(self._file).st_size, self.size))
-        view = memoryview(buffer)
-        while True:
-            cancellation.check()
-            with disk_errors(f"read {self.path.name}"):
-                count = os.preadv(self._file, [view], self.offset)
-            if count == 0:
-                break
-            self.hash(view[:count])
-        self._written = self.offset
+        """Hash what an earlier life left, up to the announced size; cut off what is beyond.
+
+        Without a promise nothing is taken over: after a power cut a file may hold zeros where its
+        bytes never reached the disk, and no digest would tell.
+        """
+        with self._using(f"read {self.path.name}") as file:
+            keep = 0 if self._promised is None else min(os.fstat(file).st_size, self.size)
+            os.ftruncate(file, keep)
+            view = memoryview(buffer)
+            while True:
+                cancellation.check()
+                count = os.preadv(file, [view], self.offset)
+                if count == 0:
+                    break
+                self.hash(view[:count])
+            self._written = self.offset
 
     def write(self, data: memoryview) -> None:
-        with disk_errors(f"write {self.path.name}"):
+        with self._using(f"write {self.path.name}") as file:
             while data:
-                count = os.pwrite(self._file, data, self._written)
+                count = os.pwrite(file, data, self._written)
                 self._written += count
                 data = data[count:]
 
@@ -88,37 +100,81 @@ class Sink:
         self._hashes.update(data)
         self.offset += len(data)
 
-    def settle(self, *, keep: int) -> None:
-        """Cut the file to `keep` bytes: a write that failed may have left more than was hashed."""
-        with disk_errors(f"truncate {self.path.name}"):
-            os.ftruncate(self._file, keep)
-        self._written = keep
+    def settle(self) -> None:
+        """Cut the file to what was hashed: a write that failed may have left more.
+
+        Without it the next bytes would land behind that, and the digest, which is taken from the
+        buffers, would not tell.
+        """
+        if self._written == self.offset:
+            return
+        with self._using(f"truncate {self.path.name}") as file:
+            os.ftruncate(file, self.offset)
+        self._written = self.offset
 
     def restart(self) -> None:
         """Forget everything: what is there belongs to other bytes than those that come now."""
-        self.settle(keep=0)
-        self.offset = 0
+        with self._using(f"truncate {self.path.name}") as file:
+            os.ftruncate(file, 0)
+        self._written = self.offset = 0
         self._hashes = Hashes(self.size, self._promised)
 
     def prove(self) -> str:
         """Check size and promise, make the bytes durable; the SHA-256. Raises DigestMismatch."""
-        if self.offset != self.size:
+        with self._using(f"sync {self.path.name}") as file:
+            on_disk = os.fstat(file).st_size
+        if not self.offset == on_disk == self.size:
             raise AgentError(
                 Reason.SIZE_MISMATCH,
-                f"{self.path.name} ended after {self.offset} of {self.size} bytes",
+                f"{self.path.name} has {on_disk} bytes, {self.offset} hashed, of {self.size}",
             )
         if not self._hashes.keeps_the_promise():
             raise AgentError(
                 Reason.DIGEST_MISMATCH,
                 f"{self.path.name} is {self._hashes}, the source promised {self._promised}",
             )
-        with disk_errors(f"sync {self.path.name}"):
-            os.fchmod(self._file, layout.FILE_MODE)
-            os.fsync(self._file)
+        with self._using(f"sync {self.path.name}") as file:
+            os.fchmod(file, layout.FILE_MODE)
+            os.fsync(file)
         return self._hashes.sha256
 
     def close(self) -> None:
-        os.close(self._file)
+        """Now, or as soon as the last thread that is in the kernel with it comes back.
+
+        A cancelled thread may be stuck in a write for longer than anybody waits for it; the number
+        of a descriptor closed under it would be another file's by the time of its next write.
+        """
+        with self._lock:
+            self._closed = True
+            last = self._users == 0
+        if last:
+            os.close(self._file)
+
+    @contextlib.contextmanager
+    def _using(self, what: str) -> Iterator[int]:
+        with self._lock:
+            if self._closed:
+                raise Cancelled
+            self._users += 1
+        try:
+            with disk_errors(what):
+                yield self._file
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and self._users == 0
+            if last:
+                os.close(self._file)
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o600)
+    except PermissionError:
+        # Proven by an earlier life that ended before the file got its name, and read-only since.
+        path.chmod(0o600)
+        return os.open(path, flags, 0o600)
 
 
 def hash_file(
@@ -126,12 +182,15 @@ def hash_file(
 ) -> str | None:
     """The SHA-256 of a regular file of that size that keeps the promise; None for any other."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Without O_NONBLOCK, a fifo would hang here for ever.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     hashes = Hashes(size, promised)
     view, offset = memoryview(buffer), 0
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return None
         while True:
             cancellation.check()
             count = os.preadv(file, [view], offset)

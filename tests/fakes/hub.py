@@ -30,6 +30,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -698,7 +699,8 @@ class Hub:
     """See the module. All methods may be called from any thread, whether it is started or not.
 
     `page_size` bounds a page of a tree listing, `link_seconds` is how long CDN links are good for;
-    port 0 means any, chosen at the first start and kept for the later ones.
+    port 0 means any, chosen at the first start and kept for the later ones. With `tls` both origins
+    speak it, as `localhost`.
     """
 
     def __init__(
@@ -709,7 +711,9 @@ class Hub:
         link_seconds: int = 3600,
         port: int = 0,
         cdn_port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self._tls = tls
         self._state = _State(root)
         self._pages = _HubPages(self._state, page_size=page_size, link_seconds=link_seconds)
         self._cdn = _Cdn(self._state)
@@ -890,7 +894,7 @@ class Hub:
         async def on_cdn(request: web.BaseRequest) -> web.StreamResponse:
             return await self._handle(request, "cdn", self._cdn.answer)
 
-        listeners = [_Listener(on_hub), _Listener(on_cdn)]
+        listeners = [_Listener(on_hub, self._tls), _Listener(on_cdn, self._tls)]
         stop = asyncio.Event()
         try:
             try:
@@ -902,8 +906,9 @@ class Hub:
                 ready.set_exception(error)
                 return
             self._ports = (ports[0], ports[1])
-            self._pages.endpoint = f"http://{_LOOPBACK}:{ports[0]}"
-            self._pages.cdn_endpoint = f"http://{_LOOPBACK}:{ports[1]}"
+            site = f"http://{_LOOPBACK}" if self._tls is None else "https://localhost"
+            self._pages.endpoint = f"{site}:{ports[0]}"
+            self._pages.cdn_endpoint = f"{site}:{ports[1]}"
             ready.set_result((asyncio.get_running_loop(), stop))
             await stop.wait()
         finally:
@@ -942,7 +947,8 @@ class Hub:
 class _Listener:
     """One port. Closing drops its connections: a client that does not read must not hold it."""
 
-    def __init__(self, handler: _Handler) -> None:
+    def __init__(self, handler: _Handler, tls: ssl.SSLContext | None) -> None:
+        self._tls = tls
         # Handlers die with their connection, so a stalled answer does not outlive its client.
         self._server = web.Server(self._handle, handler_cancellation=True, access_log=None)
         self._handler = handler
@@ -959,7 +965,7 @@ class _Listener:
     async def listen(self, port: int) -> int:
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(
-            self._server, _LOOPBACK, port, backlog=1024, reuse_address=True
+            self._server, _LOOPBACK, port, backlog=1024, reuse_address=True, ssl=self._tls
         )
         bound: int = self._listening.sockets[0].getsockname()[1]
         return bound

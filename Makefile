@@ -1,0 +1,58 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make their own environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench docs lock clean
+
+demo: $(READY)
+	@$(BIN)/python -m docs.demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+# Format, lint, types, import contracts, generated documents; then how long our files are.
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m docs.generate --check
+	@$(BIN)/python -m docs.budget
+
+bench: $(READY)
+	@$(BIN)/python -m bench
+
+docs: $(READY)
+	@$(BIN)/python -m docs.generate
+
+# No uv.lock and no pylock.toml: both hold the address of whatever index they were made from.
+lock: $(READY)
+	@$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes \
+	  --no-emit-index-url --no-header --quiet -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# uv where there is one, else pip: the same locked files either way.
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; set PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed; set PYTHON=" >&2; exit 2; }
+	@echo "making the environment in $(VENV) (once; about half a minute)"
+	@rm -rf $(VENV)
+	@if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
+	  uv venv --quiet --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV) && \
+	  uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock && \
+	  uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e . ; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	    --only-binary :all: -r requirements.lock && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation -e . ; \
+	fi
+	@touch $(READY)

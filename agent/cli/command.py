@@ -1,0 +1,134 @@
+"""The parser, and which function a verb is."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from agent import __version__
+from agent.cli import verbs
+from agent.cli.render import error_text
+from agent.config import Settings, add_flags, read, unify_ca_variables
+from agent.errors import AgentError
+from agent.service import error_event
+
+_Verb = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
+
+
+def run(argv: Sequence[str], *, program: str = "localmodel") -> int:
+    """Run one command; its exit code."""
+    arguments = parser(program).parse_args(argv)
+    unify_ca_variables(os.environ)
+    try:
+        settings = read(vars(arguments), os.environ)
+        verb: _Verb = arguments.verb
+        return asyncio.run(verb(settings, arguments))
+    except AgentError as error:
+        event = error_event(error)
+        if getattr(arguments, "output", "table") == "json":
+            print(json.dumps(event, indent=1))
+        print(error_text(event), file=sys.stderr)
+        return verbs.exit_code(event)
+    except KeyboardInterrupt:
+        print("interrupted; what was downloaded is kept for the next time", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`). Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parser(program: str = "localmodel") -> argparse.ArgumentParser:
+    """The whole command line. docs/cli.md is generated from it."""
+    top = argparse.ArgumentParser(
+        prog=program,
+        description="A model cache for one machine: downloads once, proves every byte.",
+    )
+    top.add_argument("--version", action="version", version=f"localmodel {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    agent = commands.add_parser("agent", help="run the node agent until it is told to stop")
+    add_flags(agent)
+    agent.set_defaults(verb=_agent)
+
+    pull = _verb(commands, "pull", "have a model here, now", verbs.pull)
+    pull.add_argument("uri", help="hf://owner/name[:revision][/path], file:///path or a plain path")
+    pull.add_argument("--include", action="append", default=[], metavar="GLOB", help=_INCLUDE)
+    pull.add_argument("--exclude", action="append", default=[], metavar="GLOB", help=_EXCLUDE)
+    pull.add_argument(
+        "--expect-fingerprint",
+        metavar="sha256:HEX",
+        help="publish only exactly these bytes (as `localmodel show` tells)",
+    )
+    add_flags(pull, "connections", "max_rate", "stall_seconds", "high", "low")
+
+    _verb(commands, "ls", "the models here", verbs.ls)
+
+    show = _verb(commands, "show", "one model, with its files", verbs.show)
+    show.add_argument("model", help=_MODEL)
+
+    verify = _verb(commands, "verify", "read and hash models again", verbs.verify)
+    verify.add_argument("models", nargs="*", metavar="MODEL", help=_MODEL)
+    verify.add_argument("--all", action="store_true", help="every model on offer")
+    verify.add_argument(
+        "--repair", action="store_true", help="fetch the bad files again, and only those"
+    )
+    return top
+
+
+_INCLUDE = "only files that match (`*` crosses `/`); may be given again"
+_EXCLUDE = "no files that match; may be given again"
+_MODEL = "a URI, or a key or the beginning of one"
+
+
+def _verb(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    text: str,
+    verb: _Verb,
+) -> argparse.ArgumentParser:
+    found = commands.add_parser(name, help=text, description=text)
+    found.add_argument(
+        "-o", "--output", choices=("table", "json"), default="table", help="default: table"
+    )
+    add_flags(found, "root", "state")
+    found.set_defaults(verb=verb)
+    return found
+
+
+async def _agent(settings: Settings, arguments: argparse.Namespace) -> int:
+    # Only the agent needs the server and the loop's logging; a verb must start fast.
+    from agent.app import run_agent
+
+    log_to_stderr()
+    await run_agent(settings)
+    return 0
+
+
+def log_to_stderr() -> None:
+    """JSON lines with fixed fields, as a log pipeline reads them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for chatty in ("httpx2", "httpcore2", "aiohttp.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        for name in ("key", "state", "reason", "bytes"):
+            if (value := getattr(record, name, None)) not in (None, ""):
+                line[name] = value
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)

@@ -1,0 +1,157 @@
+"""The verbs' way to a volume: through the running agent, or to the disk where there is none."""
+
+import contextlib
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from agent import layout
+from agent.config import Settings
+from agent.errors import AgentError, Reason
+from agent.service import Event, error_event, select, verified_event
+from agent.status import Facts, model_status
+from agent.store import Store
+
+
+class Reader(Protocol):
+    """What a verb that only looks needs. The events are those of `Service`."""
+
+    def models(self) -> AsyncGenerator[Event, None]: ...
+    def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
+
+
+class Session(Reader, Protocol):
+    """What a verb that changes something needs."""
+
+    def pull(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
+
+
+@contextlib.asynccontextmanager
+async def reading(settings: Settings) -> AsyncIterator[Reader]:
+    """The agent if one runs, else the disk.
+
+    Reading a disk needs neither the lock nor a right to write: the manifests are the truth.
+    """
+    async with _agent(settings) as agent:
+        yield agent or _Disk(settings)
+
+
+@contextlib.asynccontextmanager
+async def changing(settings: Settings) -> AsyncIterator[Session]:
+    """The agent if one runs, else this process is the agent for a moment, under the same lock."""
+    async with contextlib.AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(_agent(settings))
+        if agent is not None:
+            yield agent
+            return
+        from agent.app import open_cache, turning  # slow to import, and often not needed
+        from agent.desired import Desired
+
+        cache = await stack.enter_async_context(open_cache(settings))
+        await stack.enter_async_context(turning(cache, Desired(wants={}, names={})))
+        yield cache.service
+
+
+@contextlib.asynccontextmanager
+async def _agent(settings: Settings) -> AsyncIterator["_Remote | None"]:
+    state = settings.state_directory
+    if not (state / layout.SOCKET).exists():
+        yield None
+        return
+    import aiohttp
+
+    from agent.server import socket_address
+
+    name, directory = socket_address(state)
+    try:
+        connector = aiohttp.UnixConnector(name)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=None)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+            remote = _Remote(http)
+            yield remote if await remote.alive() else None
+    finally:
+        if directory is not None:
+            os.close(directory)
+
+
+class _Remote:
+    """The verbs of a running agent."""
+
+    def __init__(self, http: Any) -> None:
+        self._http = http
+
+    async def alive(self) -> bool:
+        """Whether somebody listens. A socket that nobody listens on was left by a kill."""
+        import aiohttp
+
+        try:
+            async with self._http.get("http://agent/v1/models"):
+                return True
+        except PermissionError as error:
+            raise AgentError(
+                Reason.PERMISSION_DENIED, "the agent's socket belongs to another user"
+            ) from error
+        except aiohttp.ClientConnectorError:
+            return False
+
+    def models(self) -> AsyncGenerator[Event, None]:
+        return self._events("GET", "models", None)
+
+    def pull(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        return self._events("POST", "pull", request)
+
+    def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        return self._events("POST", "verify", request)
+
+    async def _events(
+        self, method: str, verb: str, body: dict[str, Any] | None
+    ) -> AsyncGenerator[Event, None]:
+        import aiohttp
+
+        try:
+            async with self._http.request(method, f"http://agent/v1/{verb}", json=body) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    yield json.loads(line)
+        except aiohttp.ClientError as error:
+            yield error_event(
+                AgentError(Reason.NETWORK, f"the agent went away: {type(error).__name__}")
+            )
+
+
+class _Disk:
+    """Reading without an agent: what the manifests and the pinned listings say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._store = Store(settings.root)
+
+    async def models(self) -> AsyncGenerator[Event, None]:
+        facts = {}
+        for key, ingest in self._store.ingests().items():
+            facts[key] = Facts(key=key, ref=ingest.ref, wanted=False, ingest=ingest)
+        for key, found, used in self._store.manifests():
+            damaged = bool(self._store.damage(key, found))
+            entry = found.entry(last_used=used)
+            facts[key] = Facts(key=key, ref=found.ref, wanted=False, entry=entry, damaged=damaged)
+        for key in sorted(facts):
+            status = model_status(facts[key], path=str(self._store.model(key)))
+            if status is not None:
+                yield {"event": "model", **asdict(status)}
+
+    async def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        from agent.fetch import damaged
+        from agent.transfer import Engine
+
+        sealed = {key: found for key, found, _ in self._store.manifests()}
+        engine = Engine(connections=self._settings.connections)
+        try:
+            keys = select({k: found.ref for k, found in sealed.items()}, request.get("models"))
+        except AgentError as error:
+            yield error_event(error)
+            return
+        for key in keys:
+            bad = await damaged(engine, self._store.model(key), sealed[key])
+            yield verified_event(sealed[key], bad)

@@ -1,0 +1,149 @@
+"""Settings: read once, by `app`. Flags win over the environment, which wins over the defaults."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from agent import layout
+from agent.errors import AgentError, Reason
+
+_UNITS = {"": 1, "k": 1000}
+for _power, _unit in enumerate("KMGTP", 1):
+    _UNITS |= {_unit: 1000**_power, f"{_unit}i": 1024**_power}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPk]?i?)B?")
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a quantity as Kubernetes writes it: `500Gi`, `1.5T`, `1048576`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for example 500Gi, 1.5T or 1048576")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _default_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "localmodel"
+
+
+def _directory(text: str) -> Path:
+    """Absolute, because it is shown to people who are somewhere else."""
+    return Path(text).absolute()
+
+
+def _setting(help: str, *, parse: Callable[[str], Any] = str, **options: Any) -> Any:
+    """A field with its documentation: the help text of its flag, and of docs/settings.md."""
+    return field(metadata={"help": help, "parse": parse}, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How one agent runs. Each field is a flag `--<name>` and a variable `LOCALMODEL_<NAME>`."""
+
+    root: Path = _setting(
+        "the cache: the directory that the serving pods' volume points at (default:"
+        " ~/.cache/localmodel)",
+        parse=_directory,
+        default_factory=_default_root,
+    )
+    state: Path | None = _setting(
+        "where the index and the socket are, on this machine and never on a shared volume"
+        " (default: <root>/.localmodel/state)",
+        parse=_directory,
+        default=None,
+    )
+    desired: Path | None = _setting(
+        "a directory of LocalModelCache YAML: what this machine should hold",
+        parse=_directory,
+        default=None,
+    )
+    listen: str = _setting("host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810")
+    connections: int = _setting("files in flight at once, over all models", parse=int, default=8)
+    max_fetches: int = _setting("models in flight at once", parse=int, default=2)
+    max_rate: int | None = _setting(
+        "bandwidth cap of all downloads together, bytes a second, as 200Mi (default: none)",
+        parse=parse_size,
+        default=None,
+    )
+    stall_seconds: float = _setting(
+        "a source that sends next to nothing for so long is tried again",
+        parse=float,
+        default=30.0,
+    )
+    high: float = _setting(
+        "percent of the file system above which nothing is begun", parse=float, default=95.0
+    )
+    low: float = _setting(
+        "percent of the file system down to which room is made", parse=float, default=90.0
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high <= 100:
+            raise _invalid(
+                f"--low {self.low:g} and --high {self.high:g} must be 0 < low <= high <= 100"
+            )
+        if self.connections < 1 or self.max_fetches < 1:
+            raise _invalid("--connections and --max-fetches must be at least 1")
+        if self.stall_seconds <= 0 or (self.max_rate is not None and self.max_rate < 1):
+            raise _invalid("--stall-seconds and --max-rate must be greater than 0")
+        listen_address(self.listen)
+
+    @property
+    def state_directory(self) -> Path:
+        return self.state or self.root / layout.STATE
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port`."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise _invalid(f"--listen {text!r} must be host:port, for example 127.0.0.1:9810")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the flags of these settings, or of all. What is not given stays out of the namespace."""
+    for setting in fields(Settings):
+        if not names or setting.name in names:
+            parser.add_argument(
+                f"--{setting.name.replace('_', '-')}",
+                dest=setting.name,
+                default=argparse.SUPPRESS,
+                metavar=setting.name.upper(),
+                help=setting.metadata["help"],
+            )
+
+
+def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """The settings of this process. Raises InvalidSpec naming the flag or the variable."""
+    values: dict[str, Any] = {}
+    for setting in fields(Settings):
+        variable = f"LOCALMODEL_{setting.name.upper()}"
+        flag = f"--{setting.name.replace('_', '-')}"
+        name, text = (
+            (flag, flags[setting.name])
+            if setting.name in flags
+            else (variable, environment.get(variable))
+        )
+        if text is None or text == "":
+            continue
+        try:
+            values[setting.name] = setting.metadata["parse"](text)
+        except ValueError as error:
+            raise _invalid(f"{name}: {error}") from error
+    return Settings(**values)
+
+
+def unify_ca_variables(environment: dict[str, str] | os._Environ[str]) -> None:
+    """One CA bundle for every library: OpenSSL reads SSL_CERT_FILE, users often set another."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if environment.get(name) and not environment.get("SSL_CERT_FILE"):
+            environment["SSL_CERT_FILE"] = environment[name]
+
+
+def _invalid(message: str) -> AgentError:
+    return AgentError(Reason.INVALID_SPEC, message)

@@ -1,0 +1,178 @@
+"""Desired state from a directory of YAML: the embedded default, without a cluster.
+
+`DIR/*.yaml` holds the same `LocalModelCache` objects that a cluster would. A file that cannot be
+read now keeps the caches it had when it last could: a typo in an editor is not a wish to drop a
+model, and absence is not a command.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from agent.errors import AgentError
+from agent.kube import parse
+from agent.kube.parse import Cache
+from agent.model import CacheKey, Want
+
+_POLL_SECONDS = 1.0  # a stat of a few files; inotify is blind on the network mounts of some users
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecError:
+    """One document that asks for nothing, because it cannot be understood. `name` is unique."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """What should be here. `names` leads from a cache's name to its key."""
+
+    wants: dict[CacheKey, Want]
+    names: dict[str, CacheKey]
+    errors: tuple[SpecError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The last reading of one file: `caches` are those of the last reading that worked."""
+
+    stamp: tuple[int, int, int]
+    caches: tuple[Cache, ...]
+    errors: tuple[SpecError, ...]
+
+
+class DesiredDirectory:
+    """Watches one directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, _File] = {}
+
+    async def watch(self) -> AsyncIterator[Desired]:
+        """The desired state now, and again after every change. Never ends."""
+        last: Desired | None = None
+        while True:
+            now = await asyncio.to_thread(self.read)
+            if now != last:
+                last = now
+                yield now
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def read(self) -> Desired:
+        """Read what changed since the last time."""
+        try:
+            paths = sorted(
+                path
+                for path in self._path.iterdir()
+                if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
+            )
+        except OSError as error:
+            message = f"{self._path}: {error.strerror or error}; the last known state is kept"
+            return self._merge((SpecError(name=self._path.name or "desired", message=message),))
+        self._files = {path.name: self._read(path) for path in paths}
+        return self._merge(())
+
+    def _read(self, path: Path) -> _File:
+        before = self._files.get(path.name)
+        kept = before.caches if before else ()
+        try:
+            found = path.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if before is not None and before.stamp == stamp:
+                return before
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"{path.name}: cannot be read: {error}"
+            return _File((0, 0, 0), kept, (SpecError(name=path.stem, message=message),))
+        caches, errors = _parse(path, text)
+        broken = any(error.name == path.stem for error in errors)
+        return _File(stamp, (*caches, *(c for c in kept if broken and c not in caches)), errors)
+
+    def _merge(self, errors: tuple[SpecError, ...]) -> Desired:
+        """All files together, in the order of their names: the later one is the newer one."""
+        wants: dict[CacheKey, Want] = {}
+        names: dict[str, CacheKey] = {}
+        found = [*errors, *(error for file in self._files.values() for error in file.errors)]
+        for filename, file in self._files.items():
+            for cache in file.caches:
+                problem = _conflict(cache, wants, names)
+                if problem is not None:
+                    found.append(SpecError(name=cache.name, message=f"{filename}: {problem}"))
+                    continue
+                names[cache.name] = cache.want.key
+                wants[cache.want.key] = _joined(wants.get(cache.want.key), cache.want)
+        return Desired(wants=wants, names=names, errors=tuple(found))
+
+
+def _conflict(cache: Cache, wants: dict[CacheKey, Want], names: dict[str, CacheKey]) -> str | None:
+    if cache.name in names:
+        return f"there is already a LocalModelCache {cache.name}; this one is ignored"
+    other = wants.get(cache.want.key)
+    if other is None or (
+        other.ref == cache.want.ref and other.expect_fingerprint == cache.want.expect_fingerprint
+    ):
+        return None
+    others = ", ".join(sorted(other.names))
+    return (
+        f"{cache.name} and {others} want {cache.want.ref.uri} with different patterns or"
+        f" fingerprints; make them agree (this one is ignored)"
+    )
+
+
+def _joined(first: Want | None, second: Want) -> Want:
+    if first is None:
+        return second
+    return replace(
+        first,
+        names=first.names | second.names,
+        priority=max(first.priority, second.priority),
+    )
+
+
+def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, ...]]:
+    """The caches of one file, and what is wrong with it, with lines."""
+    caches: list[Cache] = []
+    errors: list[SpecError] = []
+    loader = yaml.SafeLoader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None  # check_node said so
+            raw = loader.construct_document(node)
+            if raw is None:
+                continue
+            try:
+                caches.append(parse.cache(raw))
+            except AgentError as error:
+                name = _name_in(raw) or path.stem
+                where = f"{path.name} line {node.start_mark.line + 1}"
+                errors.append(SpecError(name=name, message=f"{where}: {error.message}"))
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path.name} line {mark.line + 1}" if mark else path.name
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        errors.append(SpecError(name=path.stem, message=f"{where}: not YAML: {problem}"))
+    finally:
+        loader.dispose()
+    return tuple(caches), tuple(errors)
+
+
+def _name_in(raw: object) -> str | None:
+    """The object's own name, for its status, if it has one that is fit for a file."""
+    metadata = raw.get("metadata") if isinstance(raw, dict) else None
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    try:
+        probe = {
+            "apiVersion": f"{parse.GROUP}/{parse.VERSION}",
+            "kind": "LocalModelCache",
+            "metadata": {"name": name},
+            "spec": {"sourceModelUri": "file:///"},
+        }
+        return parse.cache(probe).name
+    except AgentError:
+        return None

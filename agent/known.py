@@ -1,0 +1,121 @@
+"""What is known of a volume, in memory: the facts of the last look, and what follows from them.
+
+Everything here can be rebuilt from the disk. Only `reconcile` changes it; nothing here waits, reads
+a disk or asks a clock.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from agent.desired import Desired
+from agent.errors import AgentError, Reason
+from agent.manifest import Manifest
+from agent.model import (
+    Attempt,
+    Block,
+    Blocked,
+    CacheKey,
+    Entry,
+    Ingest,
+    Job,
+    ModelRef,
+    Want,
+)
+from agent.status import Facts
+
+
+@dataclass(slots=True)
+class Known:
+    """The facts, as of the last look."""
+
+    desired: Desired = field(default_factory=lambda: Desired(wants={}, names={}))
+    mending: dict[CacheKey, Want] = field(default_factory=dict)
+    """Models that are brought back to their seal, whoever asks for them now."""
+    sealed: dict[CacheKey, Manifest] = field(default_factory=dict)
+    last_used: dict[CacheKey, float] = field(default_factory=dict)
+    damaged: set[CacheKey] = field(default_factory=set)
+    ingests: dict[CacheKey, Ingest] = field(default_factory=dict)
+    attempts: dict[CacheKey, Attempt] = field(default_factory=dict)
+    blocked: Mapping[CacheKey, Block] = field(default_factory=dict)
+    started: dict[CacheKey, float] = field(default_factory=dict)
+
+    def entry(self, key: CacheKey) -> Entry | None:
+        found = self.sealed.get(key)
+        return None if found is None else found.entry(last_used=self.last_used.get(key, 0.0))
+
+    def entries(self) -> dict[CacheKey, Entry]:
+        return {key: entry for key in self.sealed if (entry := self.entry(key)) is not None}
+
+    def whole(self, key: CacheKey) -> Entry | None:
+        """The entry of a model that is on offer and not known to be damaged."""
+        return None if key in self.damaged else self.entry(key)
+
+    def facts(
+        self, wants: Mapping[CacheKey, Want], jobs: Mapping[CacheKey, tuple[ModelRef, Job]]
+    ) -> dict[CacheKey, Facts]:
+        """All there is to say of every key, in the order of keys."""
+        keys = sorted({*wants, *self.sealed, *self.ingests, *jobs})
+        return {key: self._facts_of(key, wants.get(key), jobs.get(key)) for key in keys}
+
+    def _facts_of(
+        self, key: CacheKey, want: Want | None, job: tuple[ModelRef, Job] | None
+    ) -> Facts:
+        entry, ingest, attempt = self.entry(key), self.ingests.get(key), self.attempts.get(key)
+        refs = [known.ref for known in (want, entry, ingest) if known is not None]
+        if want and entry and (error := objection(want, entry)):
+            # It is here, but it is not what is wanted: to these users it is not ready.
+            entry, attempt = None, _never(key, error)
+        return Facts(
+            key=key,
+            ref=refs[0] if refs or job is None else job[0],
+            wanted=want is not None,
+            entry=entry,
+            damaged=key in self.damaged,
+            ingest=ingest,
+            job=job[1] if job else None,
+            attempt=attempt,
+            block=self.blocked.get(key),
+            started_at=self.started.get(key),
+        )
+
+    def refusal(self, key: CacheKey) -> AgentError | None:
+        """Why a model does not come by itself now; None while it only waits its turn."""
+        attempt, block = self.attempts.get(key), self.blocked.get(key)
+        if attempt is not None:
+            return AgentError(attempt.reason, attempt.message)
+        if block is not None and block.why in (
+            Blocked.INSUFFICIENT_CAPACITY,
+            Blocked.LARGER_THAN_VOLUME,
+        ):
+            return AgentError(Reason.INSUFFICIENT_CAPACITY, block.message)
+        return None
+
+
+def objection(want: Want, entry: Entry) -> AgentError | None:
+    """Why a sealed model is not what a want asks for, though it has its key."""
+    if entry.ref != want.ref:
+        return AgentError(
+            Reason.CONFLICT,
+            f"{entry.ref.uri} is on offer with {patterns(entry.ref)}, and wanted with"
+            f" {patterns(want.ref)}; name the revision in the URI to have both",
+        )
+    if want.expect_fingerprint not in (None, entry.fingerprint):
+        return AgentError(
+            Reason.FINGERPRINT_MISMATCH,
+            f"{entry.ref.uri} at {entry.revision} is {entry.fingerprint}, not"
+            f" {want.expect_fingerprint}",
+        )
+    return None
+
+
+def patterns(ref: ModelRef) -> str:
+    """The patterns of a request, for a message."""
+    if not ref.include and not ref.exclude:
+        return "no patterns"
+    include, exclude = ",".join(ref.include), ",".join(ref.exclude)
+    return f"include {include or '*'} and exclude {exclude or 'nothing'}"
+
+
+def _never(key: CacheKey, error: AgentError) -> Attempt:
+    return Attempt(key=key, count=1, reason=error.reason, message=error.message, retry_at=inf)

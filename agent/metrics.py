@@ -1,0 +1,213 @@
+"""Every Prometheus metric of the program, on one page. `docs/metrics.md` is generated from it.
+
+Base units, `_total` on counters only, labels from closed sets: no model, repository or pod name
+multiplies a series. The node is the scrape target.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from agent import __version__
+from agent.errors import AgentError, Reason
+from agent.model import Space, Traffic
+from agent.phases import Phase
+
+Result = Literal["hit", "joined", "miss"]
+RESULTS: tuple[Result, ...] = ("hit", "joined", "miss")
+
+_GIB = 1024**3
+_SIZE_CLASSES = ((_GIB, "lt1g"), (20 * _GIB, "1g-20g"), (100 * _GIB, "20g-100g"))
+_SECONDS = (1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
+
+
+def size_class(size: int) -> str:
+    """The class of a model's size in bytes: seconds are comparable only within one."""
+    return next((name for limit, name in _SIZE_CLASSES if size < limit), "ge100g")
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        # A second series for every counter, which nobody reads.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.requests = Counter(
+            "localmodel_requests",
+            "Models asked for: on offer (hit), on their way (joined), or neither (miss).",
+            ["result"],
+            registry=registry,
+        )
+        self.request_bytes = Counter(
+            "localmodel_request_bytes",
+            "Bytes of the models asked for, by the same results.",
+            ["result"],
+            registry=registry,
+        )
+        self.downloads = Counter(
+            "localmodel_downloads",
+            "Tries to bring a model to its seal, by result: ok or the reason of the failure.",
+            ["source", "result"],
+            registry=registry,
+        )
+        self.download_bytes = Counter(
+            "localmodel_download_bytes",
+            "Bytes received from a source, retries included.",
+            ["source"],
+            registry=registry,
+        )
+        self.download_seconds = Histogram(
+            "localmodel_download_duration_seconds",
+            "Seconds from the first byte asked for to the seal, of tries that succeeded.",
+            ["source", "size_class"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.retries = Counter(
+            "localmodel_download_retries",
+            "Tries of one file that failed and were repeated within a download, by reason.",
+            ["source", "reason"],
+            registry=registry,
+        )
+        self.verifications = Counter(
+            "localmodel_verifications",
+            "Sealed models looked at again: names and sizes (look), every byte (hash).",
+            ["kind", "result"],
+            registry=registry,
+        )
+        self.evictions = Counter(
+            "localmodel_evictions", "Sealed models retired to make room.", registry=registry
+        )
+        self.evicted_bytes = Counter(
+            "localmodel_evicted_bytes", "Bytes of the models retired.", registry=registry
+        )
+        self.models = Gauge("localmodel_models", "Models by state.", ["state"], registry=registry)
+        self.stored_bytes = Gauge(
+            "localmodel_stored_bytes",
+            "Bytes on disk: on offer (sealed), begun (partial), still to come (reserved).",
+            ["kind"],
+            registry=registry,
+        )
+        self.turns = Counter(
+            "localmodel_reconcile", "Turns of the reconcile loop.", ["result"], registry=registry
+        )
+        self.last_turn = Gauge(
+            "localmodel_reconcile_last_success_timestamp_seconds",
+            "When the reconcile loop last finished a turn, Unix seconds.",
+            registry=registry,
+        )
+        self.illegal_transitions = Counter(
+            "localmodel_illegal_transitions",
+            "Changes of state that docs/states.md does not know: each is a bug.",
+            registry=registry,
+        )
+        build = Gauge(
+            "localmodel_build_info",
+            "Always 1; the version of the agent.",
+            ["version"],
+            registry=registry,
+        )
+        build.labels(version=__version__).set(1)
+        self._preset()
+
+    def _preset(self) -> None:
+        """Series that exist from the start: a rate over a series that appears late is blind."""
+        for asked in RESULTS:
+            self.requests.labels(result=asked)
+            self.request_bytes.labels(result=asked)
+        for phase in Phase:
+            self.models.labels(state=phase.value)
+        for kind in ("sealed", "partial", "reserved"):
+            self.stored_bytes.labels(kind=kind)
+        for kind in ("look", "hash"):
+            for result in ("ok", "damaged"):
+                self.verifications.labels(kind=kind, result=result)
+        for result in ("ok", "failed"):
+            self.turns.labels(result=result)
+
+    def request(self, result: Result, size: int) -> None:
+        self.requests.labels(result=result).inc()
+        self.request_bytes.labels(result=result).inc(size)
+
+    def download_failed(self, source: str, reason: Reason) -> None:
+        self.downloads.labels(source=source, result=reason.value).inc()
+
+    def download_done(self, source: str, *, size: int, seconds: float) -> None:
+        self.downloads.labels(source=source, result="ok").inc()
+        self.download_seconds.labels(source=source, size_class=size_class(size)).observe(seconds)
+
+    def watch_disk(
+        self,
+        root: Path,
+        space: Callable[[Path], Space],
+        traffic: Callable[[Path], tuple[str, Traffic] | None],
+    ) -> None:
+        """Export the file system and the device of the cache, read at every scrape."""
+        self.registry.register(_DiskCollector(root, space, traffic))
+
+
+class _DiskCollector:
+    """Asks the disk when Prometheus asks us. A disk that does not answer has no series."""
+
+    def __init__(
+        self,
+        root: Path,
+        space: Callable[[Path], Space],
+        traffic: Callable[[Path], tuple[str, Traffic] | None],
+    ) -> None:
+        self._root = root
+        self._space = space
+        self._traffic = traffic
+
+    def collect(self) -> Iterable[Metric]:
+        capacity = GaugeMetricFamily(
+            "localmodel_filesystem_capacity_bytes", "Size of the cache's file system."
+        )
+        free = GaugeMetricFamily(
+            "localmodel_filesystem_available_bytes", "What the agent may still write there."
+        )
+        try:
+            space = self._space(self._root)
+            capacity.add_metric([], space.capacity)
+            free.add_metric([], space.free)
+        except AgentError:
+            pass  # absent is the right answer; the reconcile loop reports why
+        return [capacity, free, *self._device()]
+
+    def _device(self) -> Iterable[Metric]:
+        moved = CounterMetricFamily(
+            "localmodel_disk_bytes",
+            "Bytes moved by the block device of the cache since boot.",
+            labels=["device", "direction"],
+        )
+        busy = CounterMetricFamily(
+            "localmodel_disk_seconds",
+            "Seconds that requests to the block device of the cache took since boot.",
+            labels=["device", "direction"],
+        )
+        try:
+            found = self._traffic(self._root)
+        except OSError:
+            found = None
+        if found is not None:
+            device, numbers = found
+            moved.add_metric([device, "read"], numbers.read_bytes)
+            moved.add_metric([device, "write"], numbers.written_bytes)
+            busy.add_metric([device, "read"], numbers.read_seconds)
+            busy.add_metric([device, "write"], numbers.write_seconds)
+        return [moved, busy]
+
+    def describe(self) -> Iterable[Metric]:
+        """Names without asking the disk: registering must not touch it."""
+        return []

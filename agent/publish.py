@@ -1,0 +1,153 @@
+"""What others read of us: status files, progress lines, gauges. Written only when they change.
+
+Also the witness of the state machine: a change of phase that `phases.TRANSITIONS` does not know is
+counted and logged, and every change is one log line.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from agent.desired import Desired, SpecError
+from agent.errors import AgentError, Reason
+from agent.files import disk_errors
+from agent.metrics import Metrics
+from agent.model import CacheKey
+from agent.phases import TRANSITIONS, Phase
+from agent.status import KSERVE_STATUS, Facts, camel_case, model_status, progress_line
+from agent.store import Store
+
+Body = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+class StatusDirectory:
+    """One JSON file a name. Falls back to the state directory where DIR cannot be written."""
+
+    def __init__(self, preferred: Path, fallback: Path) -> None:
+        self._path = preferred if _writable(preferred) else fallback
+        self._written: dict[str, str] = {}
+        with disk_errors(f"make the status directory {self._path}"):
+            self._path.mkdir(parents=True, exist_ok=True)
+        for stale in self._path.glob("*.json"):
+            # Of an earlier life; the first `write` says what is true now.
+            self._written[stale.stem] = ""
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def write(self, bodies: Mapping[str, Body]) -> None:
+        """Make the directory say exactly this. Raises AgentError."""
+        with disk_errors("write a status"):
+            for name, body in bodies.items():
+                text = json.dumps(body, indent=1) + "\n"
+                if self._written.get(name) != text:
+                    aside = self._path / f".{name}.json.new"
+                    aside.write_text(text)
+                    aside.replace(self._path / f"{name}.json")
+                    self._written[name] = text
+            for name in set(self._written) - set(bodies):
+                (self._path / f"{name}.json").unlink(missing_ok=True)
+                del self._written[name]
+
+
+class Publisher:
+    """Turns the facts of one moment into what users see."""
+
+    def __init__(self, store: Store, metrics: Metrics, status: StatusDirectory | None) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._status = status
+        self._phases: dict[CacheKey, Phase] = {}
+        self._counter = 0
+
+    def publish(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
+        """Say what changed. Synchronous and small: a few files at most."""
+        for key, fact in facts.items():
+            self._witness(key, fact)
+        for key in set(self._phases) - set(facts):
+            del self._phases[key]
+        self._gauges(facts)
+        if self._status is not None:
+            try:
+                self._status.write(self._bodies(facts, desired))
+            except AgentError as error:
+                _log.warning("status is not written: %s", error.message)
+
+    def _bodies(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> dict[str, Body]:
+        bodies: dict[str, Body] = {error.name: _refused(error) for error in desired.errors}
+        for name, key in desired.names.items():
+            status = model_status(facts[key], path=str(self._store.model(key)))
+            if status is None:
+                continue
+            # A cache whose file has become unreadable is kept, and its status says so.
+            trouble = bodies.get(name, {})
+            kept = {k: trouble[k] for k in ("reason", "message") if k in trouble}
+            bodies[name] = {"name": name, **camel_case(status), **kept}
+        return bodies
+
+    def progress(self, facts: Iterable[Facts]) -> None:
+        """Write the lines that waiting pods read; the counter tells them that we are alive."""
+        self._counter += 1
+        for fact in facts:
+            line = progress_line(fact, self._counter)
+            try:
+                if line is not None:
+                    self._store.write_progress(fact.key, line)
+                else:
+                    self._store.clear_progress(fact.key)
+            except AgentError as error:
+                _log.warning("progress of %s is not written: %s", fact.key, error.message)
+
+    def _witness(self, key: CacheKey, fact: Facts) -> None:
+        before, now = self._phases.get(key), fact.phase
+        if now is None or now is before:
+            return
+        if before is not None and now not in TRANSITIONS[before]:
+            self._metrics.illegal_transitions.inc()
+            _log.error("illegal change of %s from %s to %s", fact.ref.uri, before, now)
+        self._phases[key] = now
+        status = model_status(fact, path=str(self._store.model(key)))
+        assert status is not None  # there is a phase
+        level = logging.WARNING if now is Phase.FAILED else logging.INFO
+        _log.log(
+            level,
+            "%s is %s%s",
+            fact.ref.uri,
+            now,
+            f": {status.reason}: {status.message}" if status.reason else "",
+            extra={"key": key, "state": now.value, "reason": status.reason, "bytes": status.bytes},
+        )
+
+    def _gauges(self, facts: Mapping[CacheKey, Facts]) -> None:
+        phases = [fact.phase for fact in facts.values()]
+        for phase in Phase:
+            self._metrics.models.labels(state=phase.value).set(phases.count(phase))
+        sealed = sum(fact.entry.bytes for fact in facts.values() if fact.entry)
+        partial = sum(fact.ingest.done for fact in facts.values() if fact.ingest)
+        reserved = sum(fact.job.remaining or 0 for fact in facts.values() if fact.job)
+        for kind, size in (("sealed", sealed), ("partial", partial), ("reserved", reserved)):
+            self._metrics.stored_bytes.labels(kind=kind).set(size)
+
+
+def _refused(error: SpecError) -> Body:
+    return {
+        "name": error.name,
+        "state": Phase.FAILED.value,
+        "modelStatus": KSERVE_STATUS[Phase.FAILED],
+        "reason": Reason.INVALID_SPEC.value,
+        "message": error.message,
+    }
+
+
+def _writable(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path, os.W_OK)

@@ -1,0 +1,145 @@
+"""HTTP faces of one agent: metrics and health for the cluster, the verbs for the node's operator.
+
+    TCP   /metrics /healthz /readyz          read by Prometheus and kubelet
+    Unix  GET /v1/models, POST /v1/pull, POST /v1/verify     newline-delimited JSON events
+
+The socket is in a directory of mode 0700: whoever may open it may have the agent download things.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from agent import layout
+from agent.errors import AgentError, Reason
+from agent.metrics import Metrics
+from agent.reconcile import Reconciler
+from agent.service import Event, Service
+
+_STALE_SECONDS = 180.0
+"""A loop that finished no turn for so long is not healthy: they come every 30 s at the latest."""
+
+_SOCKET_NAME_MAX = 107  # bytes in sockaddr_un
+
+
+def socket_address(state: Path) -> tuple[str, int | None]:
+    """The name of the socket for bind and connect, and a descriptor to close afterwards.
+
+    A path longer than a socket's name may be is reached through the descriptor of its directory.
+    """
+    path = state / layout.SOCKET
+    if len(os.fsencode(path)) <= _SOCKET_NAME_MAX:
+        return str(path), None
+    directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+    return f"/proc/self/fd/{directory}/{layout.SOCKET}", directory
+
+
+def health_app(
+    reconciler: Reconciler, metrics: Metrics, clock: Callable[[], float] = time.time
+) -> web.Application:
+    """What anybody on the network may ask."""
+
+    async def exposition(_: web.Request) -> web.Response:
+        body = await asyncio.to_thread(generate_latest, metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def healthz(_: web.Request) -> web.Response:
+        age = clock() - reconciler.turned_at
+        if age > _STALE_SECONDS:
+            return web.Response(status=503, text=f"no turn of the loop for {age:.0f} s\n")
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        if not reconciler.ready.is_set():
+            return web.Response(status=503, text="looking at the cache\n")
+        return web.Response(text="ok\n")
+
+    app = web.Application()
+    app.router.add_get("/metrics", exposition)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    return app
+
+
+def verbs_app(service: Service) -> web.Application:
+    """What the operator on the node may ask."""
+
+    async def models(request: web.Request) -> web.StreamResponse:
+        return await _stream(request, service.models())
+
+    async def pull(request: web.Request) -> web.StreamResponse:
+        return await _stream(request, service.pull(await _body(request)))
+
+    async def verify(request: web.Request) -> web.StreamResponse:
+        return await _stream(request, service.verify(await _body(request)))
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/pull", pull)
+    app.router.add_post("/v1/verify", verify)
+    return app
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise web.HTTPBadRequest(text="the body must be a JSON object\n")
+    return body
+
+
+async def _stream(request: web.Request, events: AsyncGenerator[Event, None]) -> web.StreamResponse:
+    """Send events as they come. A client that went away ends the verb."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    async with contextlib.aclosing(events):
+        async for event in events:
+            await response.write(json.dumps(event).encode() + b"\n")
+    await response.write_eof()
+    return response
+
+
+@contextlib.asynccontextmanager
+async def serve_tcp(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+    """Serve until the block ends; the port that was bound."""
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
+        try:
+            await site.start()
+        except OSError as error:
+            message = f"cannot listen on {host}:{port}: {error.strerror or error}"
+            raise AgentError(Reason.INVALID_SPEC, message) from error
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def serve_socket(app: web.Application, state: Path) -> AsyncIterator[None]:
+    """Serve the verbs in the state directory. The lock on the volume says that nobody else does."""
+    name, directory = socket_address(state)
+    (state / layout.SOCKET).unlink(missing_ok=True)
+    # aiohttp cancels a handler whose client went away only if told to; a pull nobody watches
+    # any more is to be cancelled.
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.UnixSite(runner, name, shutdown_timeout=1.0).start()
+        yield
+    finally:
+        await runner.cleanup()
+        (state / layout.SOCKET).unlink(missing_ok=True)
+        if directory is not None:
+            os.close(directory)

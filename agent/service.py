@@ -1,0 +1,202 @@
+"""The operator's verbs, as streams of plain events: what the CLI shows and the socket carries.
+
+The same object serves both: in the agent behind the Unix socket, and in a CLI that found no agent
+and opened the volume itself. An event is a dict that JSON can carry; the last one of a stream is
+`result` or `error`.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from agent.errors import RULES, AgentError, Reason
+from agent.fetch import Fetcher
+from agent.known import objection
+from agent.kube import parse
+from agent.manifest import Manifest
+from agent.metrics import Metrics, Result
+from agent.model import CacheKey, Entry, ModelRef, Want, cache_key
+from agent.reconcile import Pull, Reconciler
+from agent.status import model_status
+from agent.store import Store
+
+Event = dict[str, Any]
+
+_PROGRESS_SECONDS = 0.2
+
+
+class Service:
+    """Verbs over one running reconciler."""
+
+    def __init__(
+        self, *, store: Store, fetcher: Fetcher, reconciler: Reconciler, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._fetcher = fetcher
+        self._reconciler = reconciler
+        self._metrics = metrics
+
+    async def pull(self, request: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
+        """Have a model here. Events: `progress` five times a second, then `result` or `error`."""
+        begun = time.monotonic()
+        try:
+            want = _want(request)
+            # Before anything is asked for: what is found missing here is brought, not answered.
+            result = await self._lookup(want.key)
+            pull = self._reconciler.pull(want)
+        except AgentError as error:
+            yield error_event(error)
+            return
+        try:
+            received = 0
+            async for event in self._wait(pull):
+                received = max(received, event["received_bytes"])
+                yield event
+            entry = pull.done.result()
+            if (problem := objection(want, entry)) is not None:
+                raise problem
+            self._metrics.request(result, entry.bytes)
+            await self._reconciler.use(want.key)
+            yield {
+                "event": "result",
+                **self._described(entry),
+                "downloaded_bytes": received,
+                "seconds": round(time.monotonic() - begun, 3),
+                "result": "downloaded" if result == "miss" else result,
+            }
+        except AgentError as error:
+            yield error_event(error)
+        finally:
+            self._reconciler.release(pull)
+
+    async def _lookup(self, key: CacheKey) -> Result:
+        if await self._reconciler.look(key):
+            return "hit"
+        return "joined" if self._reconciler.running(key) else "miss"
+
+    async def _wait(self, pull: Pull) -> AsyncGenerator[Event, None]:
+        """Progress until the pull has its answer. The bytes of a repair or a retry add up."""
+        before, last = 0, 0
+        while not pull.done.done():
+            await asyncio.wait({pull.done}, timeout=_PROGRESS_SECONDS)
+            tally = self._reconciler.running(pull.want.key)
+            if tally is None:
+                before, last = before + last, 0
+                continue
+            last = max(last, tally.received)
+            yield {
+                "event": "progress",
+                "stage": tally.job.stage.value,
+                "total_bytes": tally.total,
+                "done_bytes": tally.job.done,
+                "received_bytes": before + last,
+            }
+
+    def _described(self, entry: Entry) -> Event:
+        return {
+            "key": entry.key,
+            "uri": entry.ref.uri,
+            "revision": entry.revision,
+            "path": str(self._store.model(entry.key)),
+            "bytes": entry.bytes,
+            "files": entry.files,
+            "fingerprint": entry.fingerprint,
+        }
+
+    async def models(self) -> AsyncGenerator[Event, None]:
+        """One `model` event a model, in the order of keys."""
+        for fact in self._reconciler.facts().values():
+            status = model_status(fact, path=str(self._store.model(fact.key)))
+            if status is not None:
+                yield {"event": "model", **asdict(status)}
+
+    async def verify(self, request: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
+        """Hash sealed models again. Events: `verified` a model; with `repair`, `repaired` too."""
+        try:
+            keys = self._selected(request)
+        except AgentError as error:
+            yield error_event(error)
+            return
+        for key in keys:
+            found = self._reconciler.sealed().get(key)
+            if found is None:
+                continue  # gone while another one was hashed
+            bad = await self._fetcher.damaged(found)
+            yield verified_event(found, bad)
+            if bad and request.get("repair"):
+                async for event in self._repair(key, found, bad):
+                    yield event
+
+    async def _repair(
+        self, key: CacheKey, found: Manifest, bad: list[str]
+    ) -> AsyncGenerator[Event, None]:
+        try:
+            pull = self._reconciler.mend(key)
+        except AgentError as error:
+            yield error_event(error)
+            return
+        try:
+            await asyncio.shield(pull.done)
+            yield {"event": "repaired", "key": key, "uri": found.ref.uri, "repaired": bad}
+        except AgentError as error:
+            yield {**error_event(error), "uri": found.ref.uri}
+        finally:
+            self._reconciler.release(pull)
+
+    def _selected(self, request: Mapping[str, Any]) -> list[CacheKey]:
+        sealed = self._reconciler.sealed()
+        return select({key: found.ref for key, found in sealed.items()}, request.get("models"))
+
+
+def select(sealed: Mapping[CacheKey, ModelRef], asked: Any) -> list[CacheKey]:
+    """The keys of the models that were asked for by URI, key or the beginning of a key; all for
+    None. Raises InvalidSpec for one that is not on offer."""
+    if asked is None:
+        return list(sealed)
+    return [_selected(sealed, str(name)) for name in asked]
+
+
+def _selected(sealed: Mapping[CacheKey, ModelRef], name: str) -> CacheKey:
+    if cache_key(name) in sealed:
+        return cache_key(name)
+    found = [key for key in sealed if len(name) >= 4 and key.startswith(name)]
+    if len(found) != 1:
+        problem = "is not on offer here" if not found else f"is the beginning of {len(found)} keys"
+        raise AgentError(Reason.INVALID_SPEC, f"{name[:200]!r} {problem}; see localmodel ls")
+    return found[0]
+
+
+def verified_event(found: Manifest, bad: list[str]) -> Event:
+    return {
+        "event": "verified",
+        "key": found.ref.key,
+        "uri": found.ref.uri,
+        "files": len(found.files),
+        "bytes": found.bytes,
+        "bad": bad,
+    }
+
+
+def error_event(error: AgentError) -> Event:
+    return {
+        "event": "error",
+        "reason": error.reason.value,
+        "message": error.message,
+        "advice": RULES[error.reason].advice,
+    }
+
+
+def _want(request: Mapping[str, Any]) -> Want:
+    uri = request.get("uri")
+    if not isinstance(uri, str) or not uri or not uri.isprintable():
+        raise AgentError(Reason.INVALID_SPEC, "the URI is missing or holds control characters")
+    return Want(
+        ref=ModelRef(
+            uri=uri,
+            include=tuple(request.get("include") or ()),
+            exclude=tuple(request.get("exclude") or ()),
+        ),
+        expect_fingerprint=parse.fingerprint(request.get("expect_fingerprint")),
+    )
