@@ -105,7 +105,7 @@ def localmodel(*arguments: str) -> None:
 def make_model(root: Path) -> None:
     """Two safetensors shards with their index, as a hub has them; valid for any reader."""
     root.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     dice = random.Random(0)
     for shard in (1, 2):
         name = f"model-0000{shard}-of-00002.safetensors"
@@ -222,7 +222,11 @@ def check_with_coreutils() -> None:
     model = next((HERE / "cache" / "models").iterdir())
     print(f"   $ cd {model} && sha256sum -c ../../.localmodel/manifests/{manifest.name}")
     found = subprocess.run(
-        ["sha256sum", "-c", str(manifest)], cwd=model, check=False, stdout=subprocess.PIPE, text=True
+        ["sha256sum", "-c", str(manifest)],
+        cwd=model,
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     print(_indented(found.stdout), end="")
 

@@ -52,7 +52,11 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"localmodel {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
-    agent = commands.add_parser("agent", help="run the node agent until it is told to stop")
+    agent = commands.add_parser(
+        "agent",
+        help="run the node agent until it is told to stop",
+        description="Run the node agent until it is told to stop (SIGTERM).",
+    )
     add_flags(agent)
     agent.set_defaults(verb=_agent)
 

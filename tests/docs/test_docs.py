@@ -1,0 +1,45 @@
+"""What the documents state, the code says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agent.errors import Reason
+from docs import generate
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    assert generate.stale() == [], "run `make docs`"
+
+
+def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, page in generate.PAGES.items():
+        (tmp_path / name).write_text(page())
+    (tmp_path / "reasons.md").write_text("something else")
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    assert generate.stale() == ["reasons.md"]
+
+
+def test_every_reason_is_documented() -> None:
+    page = generate.reasons()
+    assert all(f"`{reason}`" in page for reason in Reason)
+
+
+def pages() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_readme_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= commands
+    assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in commands)

@@ -1,0 +1,457 @@
+"""The store dies between any two steps, twice in a row, and with the power gone.
+
+Whatever happens: what is on offer is whole; a recovery ends in a state where another changes
+nothing; a model that was on offer is on offer or waits to be proven again; and nothing lies about
+that no list speaks of.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+
+from agent import layout
+from agent.files import Files
+from agent.store import Store
+from tests.edges.volume import (
+    CONTENTS,
+    HOW,
+    Killed,
+    Mortal,
+    bring,
+    check_accounted,
+    check_offers,
+    fast_directory,
+    finish,
+    held,
+    holds,
+    key_of,
+    listing,
+    on_offer,
+    sealed,
+    sealed_store,
+    snapshot,
+    write,
+)
+
+KEY = key_of()
+NEWER = {**CONTENTS, "weights/shard.bin": b"n" * 70, "more/new.bin": b"new"}
+KEPT = {path: data for path, data in CONTENTS.items() if path != "weights/shard.bin"}
+
+
+@pytest.fixture
+def roots() -> Iterator[Iterator[Path]]:
+    """One new root after the other."""
+    with fast_directory() as directory:
+        yield (directory / str(number) for number in range(1_000_000))
+
+
+# -- the states of a volume ---------------------------------------------------------------------
+
+
+def nothing(root: Path) -> None:
+    _ready(root)
+
+
+def _ready(root: Path) -> Store:
+    store = Store(root)
+    store.open()
+    store.close()
+    return store
+
+
+def complete(root: Path) -> None:
+    """Every file proven and in the tree, and one that nobody listed."""
+    store = _ready(root)
+    store.begin(listing())
+    bring(store, KEY, CONTENTS)
+    write(store.tree(KEY) / "weights/unlisted", b"?")
+    store.write_progress(KEY, "wait 1 2 3")
+
+
+def complete_over_an_empty_directory(root: Path) -> None:
+    """As kubelet makes it for a pod that came too early."""
+    complete(root)
+    (root / layout.model(KEY)).mkdir()
+
+
+def half_way(root: Path) -> None:
+    """A part of the old revision is proven, another is partial."""
+    store = _ready(root)
+    store.begin(listing())
+    bring(store, KEY, KEPT)
+    write(store.partial(KEY) / "weights/shard.bin", b"aaa")
+
+
+def on_offer_already(root: Path) -> None:
+    sealed_store(root, files=Files()).close()
+
+
+def damaged(root: Path) -> None:
+    on_offer_already(root)
+    (root / layout.model(KEY) / "config.json").unlink()
+
+
+def damaged_beside_a_newer_ingest(root: Path) -> None:
+    damaged(root)
+    store = Store(root)
+    store.begin(listing(NEWER, revision="r2"))
+    bring(store, KEY, {"more/new.bin": NEWER["more/new.bin"]})
+
+
+def emptied(root: Path) -> None:
+    """The manifest is there and the directory is not."""
+    on_offer_already(root)
+    rmtree(root / layout.model(KEY))
+
+
+def retiring(root: Path) -> None:
+    on_offer_already(root)
+    Store(root).begin_retire(KEY)
+
+
+def unreadable(root: Path) -> None:
+    on_offer_already(root)
+    write(root / layout.manifest(KEY), b"# localmodel manif")
+
+
+def unreadable_beside_an_ingest(root: Path) -> None:
+    on_offer_already(root)
+    store = Store(root)
+    store.begin(listing(NEWER, revision="r2"))
+    write(root / layout.manifest(KEY), b"")
+
+
+def salvaged(root: Path) -> None:
+    unreadable(root)
+    Store(root).recover()
+
+
+def trashed(root: Path) -> None:
+    retiring(root)
+    Store(root).finish_retire(KEY)
+
+
+def half_sealed(root: Path) -> None:
+    """The directory is in its place and the manifest is not; the disk failed, nobody died."""
+    complete(root)
+    manifests = root / layout.MANIFESTS
+
+    class Failing(Files):
+        def rename(self, source: Path, target: Path) -> None:
+            if target == manifests / KEY:
+                raise OSError(5, "Input/output error")
+            super().rename(source, target)
+
+    with pytest.raises(Exception, match="Input/output"):
+        Store(root, Failing()).seal(sealed(listing()))
+
+
+# -- what is done to them -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An operation on a state, and which bytes must be there whenever it is cut off."""
+
+    prepare: Callable[[Path], None]
+    act: Callable[[Store], object]
+    keeps: dict[str, bytes] = field(default_factory=dict)
+    offers: bool | None = None  # after recovery: on offer for sure, or surely not
+    damaged: bool = False  # by somebody else, and not by the death
+
+
+def _retire(store: Store) -> None:
+    store.begin_retire(KEY)
+    store.finish_retire(KEY)
+
+
+def _think_again(store: Store) -> None:
+    store.begin_retire(KEY)
+    store.cancel_retire(KEY)
+
+
+ALL = dict(CONTENTS)
+WITHOUT_CONFIG = {path: data for path, data in ALL.items() if path != "config.json"}
+LISTING, NEW_LISTING = listing(), listing(NEWER, revision="r2")
+
+CASES = {
+    "open": Case(prepare=lambda root: None, act=Store.open),
+    "begin": Case(prepare=nothing, act=lambda s: s.begin(LISTING)),
+    "begin again": Case(prepare=half_way, act=lambda s: s.begin(LISTING), keeps=KEPT),
+    "begin a newer one": Case(prepare=half_way, act=lambda s: s.begin(NEW_LISTING), keeps=KEPT),
+    "begin after a salvage": Case(prepare=salvaged, act=lambda s: s.begin(LISTING), keeps=ALL),
+    "begin after half a seal": Case(
+        prepare=half_sealed, act=lambda s: s.begin(LISTING), keeps=ALL
+    ),
+    "begin on an emptied one": Case(prepare=emptied, act=lambda s: s.begin(LISTING), offers=False),
+    "begin beside the sealed": Case(
+        prepare=on_offer_already, act=lambda s: s.begin(NEW_LISTING), keeps=ALL, offers=True
+    ),
+    "promote": Case(prepare=half_way, act=lambda s: s.promote(KEY, "weights/shard.bin")),
+    "abandon": Case(prepare=half_way, act=lambda s: s.abandon(KEY), offers=False),
+    "abandon half a seal": Case(prepare=half_sealed, act=lambda s: s.abandon(KEY), offers=False),
+    "abandon a salvage": Case(prepare=salvaged, act=lambda s: s.abandon(KEY), offers=False),
+    "seal": Case(prepare=complete, act=lambda s: s.seal(sealed(LISTING)), keeps=ALL),
+    "seal over an empty one": Case(
+        prepare=complete_over_an_empty_directory, act=lambda s: s.seal(sealed(LISTING)), keeps=ALL
+    ),
+    "reopen": Case(
+        prepare=damaged, act=lambda s: s.reopen(KEY), keeps=WITHOUT_CONFIG, damaged=True
+    ),
+    "reopen beside a newer one": Case(
+        prepare=damaged_beside_a_newer_ingest,
+        act=lambda s: s.reopen(KEY),
+        keeps=WITHOUT_CONFIG,
+        damaged=True,
+    ),
+    "reopen an emptied one": Case(prepare=emptied, act=lambda s: s.reopen(KEY), offers=False),
+    "begin to retire": Case(
+        prepare=on_offer_already, act=lambda s: s.begin_retire(KEY), keeps=ALL, offers=True
+    ),
+    "think again": Case(prepare=on_offer_already, act=_think_again, keeps=ALL, offers=True),
+    "retire": Case(prepare=on_offer_already, act=_retire),
+    "sweep": Case(prepare=trashed, act=Store.sweep, offers=False),
+    "recover a retire": Case(prepare=retiring, act=Store.recover, keeps=ALL, offers=True),
+    "recover half a seal": Case(prepare=half_sealed, act=Store.recover, keeps=ALL, offers=False),
+    "recover an emptied one": Case(prepare=emptied, act=Store.recover, offers=False),
+    "salvage": Case(prepare=unreadable, act=Store.recover, keeps=ALL, offers=False),
+    "salvage beside an ingest": Case(
+        prepare=unreadable_beside_an_ingest, act=Store.recover, keeps=ALL, offers=False
+    ),
+}
+
+
+def steps(case: Case, roots: Iterator[Path]) -> int:
+    """How many verbs an undisturbed run takes."""
+    root, files = next(roots), Mortal()
+    case.prepare(root)
+    store = Store(root, files)
+    case.act(store)
+    store.close()
+    return len(files.steps)
+
+
+def killed(root: Path, act: Callable[[Store], object], at: int, how: str) -> bool:
+    """Act with a store that dies at that step; whether it got so far."""
+    store = Store(root, Mortal(at, how))
+    try:
+        act(store)
+    except Killed:
+        return True
+    finally:
+        store.close()
+    return False
+
+
+def begin_a_new_life(root: Path, *, damaged: bool = False) -> Store:
+    """Recover, and see that a second recovery finds nothing to do."""
+    store = Store(root)
+    store.open()
+    assert store.recover() == []
+    check_offers(root, vandalised=[KEY] if damaged else [])
+    check_accounted(root)
+    before = snapshot(root)
+    assert store.recover() == []
+    assert snapshot(root) == before
+    return store
+
+
+def check(case: Case, root: Path) -> None:
+    store = begin_a_new_life(root, damaged=case.damaged)
+    if case.offers is not None:
+        assert (KEY in on_offer(root)) is case.offers
+    assert held(root, KEY, case.keeps)
+    if KEY not in on_offer(root) or store.damage(KEY, sealed(LISTING)):
+        if KEY in on_offer(root):
+            store.reopen(KEY)
+        finish(store, LISTING)
+    store.sweep()
+    store.close()
+    check_offers(root)
+    assert on_offer(root) == [KEY]
+    assert holds(root / layout.model(KEY), CONTENTS)
+    assert not any((root / layout.INGEST).iterdir())
+    rmtree(root)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_every_step(name: str, roots: Iterator[Path]) -> None:
+    case = CASES[name]
+    count = steps(case, roots)
+    assert count > 0
+    for at in range(count):
+        for how in HOW:
+            root = next(roots)
+            case.prepare(root)
+            assert killed(root, case.act, at, how)
+            check(case, root)
+
+
+def test_killed_at_no_step(roots: Iterator[Path]) -> None:
+    for case in CASES.values():
+        root = next(roots)
+        case.prepare(root)
+        assert not killed(root, case.act, 1_000_000, "before")
+        check(case, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["begin a newer one", "seal", "reopen", "retire", "salvage beside an ingest"]
+)
+def test_killed_again_while_recovering(name: str, roots: Iterator[Path]) -> None:
+    case = CASES[name]
+    for at in range(steps(case, roots)):
+        again = 0
+        while True:
+            root = next(roots)
+            case.prepare(root)
+            assert killed(root, case.act, at, "after")
+            if not killed(root, Store.recover, again, HOW[again % 3]):
+                break
+            check(case, root)
+            again += 1
+
+
+# -- a power cut --------------------------------------------------------------------------------
+
+Edit = tuple[int, str, int | None]  # a name in a directory, and what it means from now on
+
+
+class Platter(Files):
+    """A disk that keeps only what was fsynced, and of the rest whatever it likes.
+
+    Files and directories are inodes. A rename or an unlink is one operation, and pending until one
+    of the directories it touches is fsynced; a cut keeps any of the pending ones, in an order that
+    respects the names. So the disk is meaner than ext4 and XFS, which keep a prefix. Bytes are
+    always fsynced by their writer here: `settle` stands for the transfer engine.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._directories: dict[int, dict[str, int]] = {}
+        self._contents: dict[int, tuple[bytes, int]] = {}
+        self._pending: list[list[Edit]] = []
+        self.settle()
+
+    def settle(self) -> None:
+        """All that is there now survives."""
+        self._pending.clear()
+        for path in [self._root, *self._root.rglob("*")]:
+            if path.is_dir():
+                names = {child.name: child.lstat().st_ino for child in path.iterdir()}
+                self._directories[path.lstat().st_ino] = names
+            else:
+                self._remember(path)
+
+    def _remember(self, path: Path) -> None:
+        found = path.lstat()
+        self._contents[found.st_ino] = (path.read_bytes(), found.st_mode & 0o777)
+
+    def _name(self, path: Path) -> tuple[int, str]:
+        return path.parent.lstat().st_ino, path.name
+
+    def make_directory(self, path: Path, mode: int) -> None:
+        new = not path.exists()
+        super().make_directory(path, mode)
+        if new:
+            self._directories[path.lstat().st_ino] = {}
+            self._pending.append([(*self._name(path), path.lstat().st_ino)])
+
+    def write(self, path: Path, data: bytes, mode: int) -> None:
+        super().write(path, data, mode)
+        self._remember(path)
+        self._pending.append([(*self._name(path), path.lstat().st_ino)])
+
+    def rename(self, source: Path, target: Path) -> None:
+        edits: list[Edit] = [
+            (*self._name(source), None),
+            (*self._name(target), source.lstat().st_ino),
+        ]
+        super().rename(source, target)
+        self._pending.append(edits)
+
+    def unlink(self, path: Path) -> None:
+        if path.exists():
+            self._pending.append([(*self._name(path), None)])
+        super().unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        self._pending.append([(*self._name(path), None)])
+        super().remove_directory(path)
+
+    def remove_tree(self, path: Path) -> None:
+        self._pending.append([(*self._name(path), None)])
+        super().remove_tree(path)
+
+    def sync_directory(self, path: Path) -> None:
+        directory = path.lstat().st_ino
+        self._keep(lambda edits: any(edit[0] == directory for edit in edits))
+
+    def _keep(self, chosen: Callable[[list[Edit]], bool]) -> None:
+        """Make the chosen operations durable, and those before them on the same names."""
+        names: set[tuple[int, str]] = set()
+        kept: list[list[Edit]] = []
+        rest: list[list[Edit]] = []
+        for edits in reversed(self._pending):
+            touched = {edit[:2] for edit in edits}
+            if chosen(edits) or touched & names:
+                names |= touched
+                kept.append(edits)
+            else:
+                rest.append(edits)
+        for edits in reversed(kept):
+            for directory, name, inode in edits:
+                if inode is None:
+                    self._directories[directory].pop(name, None)
+                else:
+                    self._directories[directory][name] = inode
+        self._pending = rest[::-1]
+
+    def cut(self, target: Path, dice: random.Random) -> None:
+        """Build what is found when the power is back."""
+        share = dice.choice((0.0, 0.5, 1.0))
+        self._keep(lambda edits: dice.random() < share)
+        self._build(self._root.lstat().st_ino, target)
+
+    def _build(self, inode: int, target: Path) -> None:
+        if inode in self._directories:
+            target.mkdir(mode=0o755)
+            for name, child in self._directories[inode].items():
+                self._build(child, target / name)
+        else:
+            data, mode = self._contents[inode]
+            write(target, data, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.act not in (Store.open, Store.sweep)]
+)
+def test_the_power_is_cut_at_every_step(name: str, roots: Iterator[Path]) -> None:
+    case, dice = CASES[name], random.Random(name)
+    for at in range(steps(case, roots)):
+        for _ in range(3):
+            root, found = next(roots), next(roots)
+            case.prepare(root)
+            disk = Platter(root)
+            store = Store(root, Mortal(at, "after", disk))
+            with pytest.raises(Killed):
+                case.act(store)
+            disk.cut(found, dice)
+            rmtree(root)
+            check(case, found)
+
+
+def test_a_seal_survives_a_power_cut_the_moment_it_is_done(roots: Iterator[Path]) -> None:
+    for seed in range(20):
+        root, found = next(roots), next(roots)
+        complete(root)
+        disk = Platter(root)
+        Store(root, disk).seal(sealed(LISTING))
+        disk.cut(found, random.Random(seed))
+        begin_a_new_life(found).close()
+        assert on_offer(found) == [KEY]
