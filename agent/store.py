@@ -467,12 +467,13 @@ class Store:
         good = {note for note in notes if self._note(paths[note], key) is not None}
         directory = _is_directory(self.model(key)) and bool(_names(self.model(key)))
         # A salvage waits for somebody to ask for it, and a pod may be reading it: no debris.
-        waits = self._is_salvage(key) and not (directory and notes)
+        offered = notes & {"manifest", "retiring"}
+        waits = self._is_salvage(key) and not (directory and offered)
         return Found(
             manifest="manifest" in good,
             sealing="sealing" in good,
             retiring="retiring" in good,
-            unreadable=bool((notes & {"manifest", "retiring"}) - good),
+            unreadable=bool(offered - good),
             directory=directory,
             listing=self.listing(key) is not None,
             tree=self.tree(key).is_dir(),

@@ -130,6 +130,12 @@ class Exchange:
         )
 
     def _headers(self, own: Mapping[str, str], start: int) -> dict[str, str]:
+        for name, value in own.items():
+            if not (value.isascii() and value.isprintable()):
+                # Said here, without it: http.client's own complaint would quote a secret.
+                raise AgentError(
+                    Reason.UNAUTHORIZED, f"the {name} header holds characters it must not"
+                )
         headers = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **own}
         if start:
             headers["Range"] = f"bytes={start}-"

@@ -110,16 +110,15 @@ class Volume(RuleBasedStateMachine):
         assert set(self.store.recover()) == self.foreign
         assert snapshot(self.root) == before
 
-    def _refused(self, key: CacheKey, act: Callable[[], object]) -> bool:
-        """Only for what is in the way, and only if something is."""
+    def _unless_foreign(self, key: CacheKey, fate: Fate, act: Callable[[Store], object]) -> None:
+        """It is refused if something is in the way, and only then."""
         try:
-            act()
+            done = self._do(fate, act)
         except AgentError as error:
             assert error.reason is Reason.FOREIGN_DIRECTORY
             assert key in self.foreign
-            return True
-        assert key not in self.foreign
-        return False
+        else:
+            assert not (done and key in self.foreign)
 
     def _free(self, key: CacheKey) -> bool:
         return key not in on_offer(self.root)
@@ -130,7 +129,7 @@ class Volume(RuleBasedStateMachine):
         if self._free(key):
             self._give_up(key, unless=revision)
             pinned = listing_of(key, revision)
-            self._refused(key, lambda: self._do(fate, lambda store: store.begin(pinned)))
+            self._unless_foreign(key, fate, lambda store: store.begin(pinned))
 
     def _give_up(self, key: CacheKey, *, unless: str) -> None:
         if self.held.get(key) != unless:
@@ -153,12 +152,7 @@ class Volume(RuleBasedStateMachine):
             return
         pinned, contents = listing_of(key, revision), REVISIONS[revision]
         self._give_up(key, unless=revision)
-
-        def act() -> None:
-            if self._do(fate, lambda store: finish(store, pinned, contents)):
-                assert not self._free(key)
-
-        self._refused(key, act)
+        self._unless_foreign(key, fate, lambda store: finish(store, pinned, contents))
         if not self._free(key):
             self.vandalised.discard(key)
             self.held[key] = revision

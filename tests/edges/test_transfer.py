@@ -114,9 +114,7 @@ async def test_it_gets_over(
     assert ranges(hub)[-1] == (f"bytes={CUT}-" if resumed else None)
 
 
-async def test_a_reset_keeps_what_came_before_it(
-    hub: Hub, engine: Engine, tmp_path: Path
-) -> None:
+async def test_a_reset_keeps_what_came_before_it(hub: Hub, engine: Engine, tmp_path: Path) -> None:
     download = _download(hub, tmp_path, "model.bin")
     hub.fault("*.bin", Reset(CUT), times=1)
     await download.run(engine)
@@ -132,7 +130,8 @@ async def test_a_trickle_is_a_stall(hub: Hub, engine: Engine, tmp_path: Path) ->
     await download.run(engine)
     assert download.path.read_bytes() == DATA
     assert download.reasons == [Reason.STALLED]
-    assert download.received == SIZE, "what trickled in was kept"
+    # What trickled in was kept, but for the read that was the last straw.
+    assert SIZE < download.received < SIZE + 10
 
 
 async def test_a_slow_line_is_none(hub: Hub, engine: Engine, tmp_path: Path) -> None:
@@ -419,9 +418,7 @@ async def test_a_chunked_body_that_is_too_long(engine: Engine, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("end", [True, False], ids=["short", "torn"])
-async def test_a_chunked_body_that_ends_early(
-    engine: Engine, tmp_path: Path, end: bool
-) -> None:
+async def test_a_chunked_body_that_ends_early(engine: Engine, tmp_path: Path, end: bool) -> None:
     part = _chunked(DATA[:CUT], end=end)
     part = part.replace(b"HTTP/1.1 200 Told\r\n", b"HTTP/1.1 200 Told\r\nConnection: close\r\n")
     rest = reply(206, DATA[CUT:], {"Content-Range": f"bytes {CUT}-{SIZE - 1}/{SIZE}"})
@@ -502,14 +499,15 @@ async def test_many_at_once(tmp_path: Path) -> None:
     files = {f"part-{n:02}.bin": noise(n * 77_777, seed=n) for n in range(30)}
     with Hub(tmp_path / "hub") as hub, an_engine(connections=4) as engine:
         hub.add(REPO, dict(files))
-        hub.fault("*.bin", Truncate(10), times=7)
-        hub.fault("*.bin", Corrupt(0), times=3)
+        hub.fault("*.bin", Truncate(10), times=4)
+        for name in ("part-07.bin", "part-29.bin"):
+            hub.fault(name, Corrupt(0), times=1)
         downloads = [
             Download.of(url_of(hub, name), tmp_path / name, data) for name, data in files.items()
         ]
         await asyncio.gather(*(download.run(engine) for download in downloads))
         assert {d.path.name: d.path.read_bytes() for d in downloads} == files
-        assert sum(len(d.retries) for d in downloads) == 10
+        assert sum(len(d.retries) for d in downloads) == 6
 
 
 async def test_errors_are_values(hub: Hub, engine: Engine, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Fixtures of the tests that run the real command: a hub, a machine, small models, small disks."""
+
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.hub import Hub
+from tests.machine import Agent, Machine, machine
+
+REPO = "acme/tiny"
+URI = f"hf://{REPO}"
+FILES: dict[str, bytes] = {
+    "config.json": b'{"model_type": "tiny"}\n',
+    "model-1.safetensors": random.Random(1).randbytes(300_000),
+    "model-2.safetensors": random.Random(2).randbytes(200_000),
+    "sub/notes.md": b"# notes\n",
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub that holds one small model of four files."""
+    with Hub(tmp_path / "hub") as hub:
+        hub.add(REPO, FILES)
+        yield hub
+
+
+@pytest.fixture
+def localmodel(tmp_path: Path, hub: Hub) -> Iterator[Machine]:
+    """The command, on a machine of its own that knows this hub and nothing else."""
+    with machine(tmp_path / "machine", hub.endpoint) as found:
+        yield found
+
+
+@pytest.fixture
+def agent(localmodel: Machine) -> Agent:
+    """A ready agent with an empty desired directory."""
+    return localmodel.agent().wait_ready()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Small file systems: `mount("8m")` is a tmpfs of 8 MiB, gone at the end."""
+    with ExitStack() as mounted:
+
+        def make(size: str) -> Path:
+            path = tmp_path / f"disk-{size}"
+            path.mkdir()
+            tried = subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if tried.returncode != 0:
+                pytest.skip(f"NOT TESTED, no small file system without root: {tried.stderr}")
+            # Lazily: a killed process may hold it for a moment longer.
+            mounted.callback(subprocess.run, ["umount", "--lazy", path], check=True)
+            return path
+
+        yield make
