@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from agent import __version__, disk, layout
 from agent.config import Settings, listen_address
 from agent.desired import Desired, DesiredDirectory
+from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher
 from agent.files import disk_errors
 from agent.index import Index
@@ -98,17 +99,24 @@ async def _opened_index(state: Path, store: Store) -> AsyncIterator[Index]:
 def _make_private(state: Path) -> None:
     with disk_errors(f"make the state directory {state}"):
         state.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in state.iterdir()}
+        if names and not names & {layout.INDEX, layout.SOCKET, layout.STATUS}:
+            # `--state /tmp` must not close /tmp to everybody else.
+            raise AgentError(
+                Reason.INVALID_SPEC,
+                f"the state directory {state} holds other things; name one of its own",
+            )
         state.chmod(layout.PRIVATE_MODE)
 
 
 @contextlib.asynccontextmanager
-async def turning(cache: Cache, desired: Desired) -> AsyncIterator[None]:
-    """Keep the volume as desired while the block runs."""
+async def turning(cache: Cache, desired: Desired) -> AsyncIterator[asyncio.Task[None]]:
+    """Keep the volume as desired while the block runs. The task should never end by itself."""
     cache.reconciler.desire(desired)
     loop = asyncio.create_task(cache.reconciler.run())
     try:
-        await _first(loop, cache.reconciler.ready.wait())
-        yield
+        await _first([loop], cache.reconciler.ready.wait())
+        yield loop
     finally:
         loop.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -129,13 +137,14 @@ async def run_agent(settings: Settings) -> None:
         wishes = _wishes(settings.desired)
         # Nothing is decided before the first listing of the desired state: absence is no command.
         first = await anext(wishes)
-        await stack.enter_async_context(turning(cache, first))
+        # The socket outlives the loop, so that who waits for a model is told why it does not come.
         await stack.enter_async_context(
             serve_socket(verbs_app(cache.service), settings.state_directory)
         )
+        turns = await stack.enter_async_context(turning(cache, first))
         follow = asyncio.create_task(_follow(wishes, cache.reconciler))
         try:
-            await _first(follow, stop.wait())
+            await _first([turns, follow], stop.wait())
             _log.info("stopping: what was begun is kept")
         finally:
             follow.cancel()
@@ -155,12 +164,13 @@ async def _follow(wishes: AsyncIterator[Desired], reconciler: Reconciler) -> Non
         reconciler.desire(desired)
 
 
-async def _first(task: asyncio.Task[None], event: Coroutine[Any, Any, object]) -> None:
+async def _first(tasks: Sequence[asyncio.Task[None]], event: Coroutine[Any, Any, object]) -> None:
     """Wait for an event, unless a task that should never end does: then raise what it raised."""
     waiting = asyncio.ensure_future(event)
     try:
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
+        await asyncio.wait({*tasks, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
     finally:
         waiting.cancel()

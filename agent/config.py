@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from agent.errors import AgentError, Reason
 _UNITS = {"": 1, "k": 1000}
 for _power, _unit in enumerate("KMGTP", 1):
     _UNITS |= {_unit: 1000**_power, f"{_unit}i": 1024**_power}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPk]?i?)B?")
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([KMGTPk]?i?)B?")
+_DAY = 86400.0
 
 
 def parse_size(text: str) -> int:
@@ -22,11 +24,14 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 500Gi, 1.5T or 1048576")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def _default_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError as error:
+        raise _invalid("there is no home directory to keep a cache in; give --root") from error
     return Path(base) / "localmodel"
 
 
@@ -88,8 +93,10 @@ class Settings:
             )
         if self.connections < 1 or self.max_fetches < 1:
             raise _invalid("--connections and --max-fetches must be at least 1")
-        if self.stall_seconds <= 0 or (self.max_rate is not None and self.max_rate < 1):
-            raise _invalid("--stall-seconds and --max-rate must be greater than 0")
+        if not 0 < self.stall_seconds <= _DAY:  # also not a number that is none
+            raise _invalid("--stall-seconds must be greater than 0, and a day at most")
+        if self.max_rate is not None and self.max_rate < 1:
+            raise _invalid("--max-rate must be greater than 0")
         listen_address(self.listen)
 
     @property
@@ -100,7 +107,7 @@ class Settings:
 def listen_address(text: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port`."""
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    if not separator or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise _invalid(f"--listen {text!r} must be host:port, for example 127.0.0.1:9810")
     return host.strip("[]") or "0.0.0.0", int(port)
 
@@ -129,8 +136,10 @@ def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
             if setting.name in flags
             else (variable, environment.get(variable))
         )
-        if text is None or text == "":
+        if text is None or (text == "" and name == variable):
             continue
+        if text == "":
+            raise _invalid(f"{flag} is empty")
         try:
             values[setting.name] = setting.metadata["parse"](text)
         except ValueError as error:

@@ -6,6 +6,8 @@ model, and absence is not a command.
 """
 
 import asyncio
+import errno
+import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,13 +87,22 @@ class DesiredDirectory:
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
             if before is not None and before.stamp == stamp:
                 return before
+            if not stat.S_ISREG(found.st_mode):  # a fifo would be read for ever
+                raise OSError(errno.EINVAL, "not a file")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            message = f"{path.name}: cannot be read: {error}"
+            why = error.strerror if isinstance(error, OSError) else error
+            message = f"{path.name}: cannot be read: {why}"
             return _File((0, 0, 0), kept, (SpecError(name=path.stem, message=message),))
         caches, errors = _parse(path, text)
-        broken = any(error.name == path.stem for error in errors)
-        return _File(stamp, (*caches, *(c for c in kept if broken and c not in caches)), errors)
+        names, refused = {cache.name for cache in caches}, {error.name for error in errors}
+        # An error under the file's own name may hide any of the caches that the file had.
+        hidden = [
+            cache
+            for cache in kept
+            if cache.name not in names and not refused.isdisjoint({cache.name, path.stem})
+        ]
+        return _File(stamp, (*caches, *hidden), errors)
 
     def _merge(self, errors: tuple[SpecError, ...]) -> Desired:
         """All files together, in the order of their names: the later one is the newer one."""
@@ -138,28 +149,39 @@ def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, .
     """The caches of one file, and what is wrong with it, with lines."""
     caches: list[Cache] = []
     errors: list[SpecError] = []
-    loader = yaml.SafeLoader(text)
+    line = 1
     try:
-        while loader.check_node():
-            node = loader.get_node()
-            assert node is not None  # check_node said so
-            raw = loader.construct_document(node)
+        for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
+            line = node.start_mark.line + 1
+            raw = _constructed(node)
             if raw is None:
                 continue
             try:
                 caches.append(parse.cache(raw))
             except AgentError as error:
                 name = _name_in(raw) or path.stem
-                where = f"{path.name} line {node.start_mark.line + 1}"
+                where = f"{path.name} line {line}"
                 errors.append(SpecError(name=name, message=f"{where}: {error.message}"))
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path.name} line {mark.line + 1}" if mark else path.name
+        where = f"{path.name} line {mark.line + 1 if mark else line}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         errors.append(SpecError(name=path.stem, message=f"{where}: not YAML: {problem}"))
-    finally:
-        loader.dispose()
     return tuple(caches), tuple(errors)
+
+
+def _constructed(node: yaml.Node) -> object:
+    """The values of one document. Raises YAMLError also where PyYAML forgets to.
+
+    Its constructors believe what a tag or the look of a value says: `2026-99-99` is a ValueError,
+    `!!bool x` a KeyError, `!!int ""` an IndexError, `!!timestamp x` an AttributeError.
+    """
+    constructor = yaml.constructor.SafeConstructor()
+    try:
+        found: object = constructor.construct_document(node)
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        raise yaml.YAMLError(f"a value does not fit its type: {error}") from error
+    return found
 
 
 def _name_in(raw: object) -> str | None:

@@ -5,6 +5,7 @@ behind it. So resuming after a crash, mending a damaged model and a plain downlo
 """
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from pathlib import Path
 from agent import manifest
 from agent.errors import AgentError, Reason
 from agent.files import version_of
+from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
 from agent.model import Job, Listing, Locator, RemoteFile, Stage, Want
-from agent.sources import Source, Sources
+from agent.sources import SCHEMES, Source, Sources
 from agent.store import Store
 from agent.transfer import Engine, FileJob
 
@@ -204,14 +206,27 @@ class Fetcher:
 
 
 async def damaged(engine: Engine, root: Path, found: Manifest) -> list[str]:
-    """The paths below `root` that are not what the manifest says, byte for byte, in its order."""
+    """The paths below `root` that are not what the manifest says, byte for byte, in its order.
+
+    Behind them what the manifest does not name: who loads by pattern would load that too.
+    """
 
     async def whole(file: SealedFile) -> bool:
         found = await engine.hash(root / file.path, size=file.size, promised=None)
         return found == file.sha256
 
     results = await asyncio.gather(*(whole(file) for file in found.files))
-    return [file.path for file, good in zip(found.files, results, strict=True) if not good]
+    bad = [file.path for file, good in zip(found.files, results, strict=True) if not good]
+    return bad + await asyncio.to_thread(_strays, root, {file.path for file in found.files})
+
+
+def _strays(root: Path, named: set[str]) -> list[str]:
+    """Files and symlinks below `root` without a name in the manifest, fit to be printed."""
+    found = set()
+    for directory, directories, names in os.walk(root):
+        links = (name for name in directories if Path(directory, name).is_symlink())
+        found |= {str(Path(directory, name).relative_to(root)) for name in (*names, *links)}
+    return [path if is_one_line(path) else ascii(path) for path in sorted(found - named)]
 
 
 def _version(path: Path) -> str | None:
@@ -223,6 +238,8 @@ def _version(path: Path) -> str | None:
 
 
 def scheme(want: Want) -> str:
-    """The label of a source: a closed set, because `Sources` refuses all others."""
+    """The label of a source, of a closed set: a wish may name any scheme."""
     scheme, separator, _ = want.ref.uri.partition("://")
-    return scheme if separator else "file"
+    if not separator:
+        return "file"
+    return scheme if scheme in SCHEMES else "other"

@@ -34,7 +34,10 @@ class Known:
     """Models that are brought back to their seal, whoever asks for them now."""
     sealed: dict[CacheKey, Manifest] = field(default_factory=dict)
     last_used: dict[CacheKey, float] = field(default_factory=dict)
-    damaged: set[CacheKey] = field(default_factory=set)
+    damaged: dict[CacheKey, list[str]] = field(default_factory=dict)
+    """Models on offer that must not be, with the paths that are known to be wrong, if any are."""
+    withdrawn: dict[CacheKey, tuple[Manifest, list[str]]] = field(default_factory=dict)
+    """Models that were damaged and are not whole again: what was sealed, and what was wrong."""
     ingests: dict[CacheKey, Ingest] = field(default_factory=dict)
     attempts: dict[CacheKey, Attempt] = field(default_factory=dict)
     blocked: Mapping[CacheKey, Block] = field(default_factory=dict)

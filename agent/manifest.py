@@ -123,7 +123,10 @@ def render(manifest: Manifest) -> str:
 
 
 def parse(text: str) -> Manifest:
-    """The reverse of `render`. Raises InvalidSpec for anything that is not a whole manifest."""
+    """The reverse of `render`.
+
+    Raises InvalidSpec, or UnsafePath for its paths, for anything that is not a whole manifest.
+    """
     if not text.startswith(_HEADER + "\n") or not text.endswith("\n"):
         raise _invalid("it does not begin or end like one")
     fields: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ change they saw is, and `docs/states.md` is drawn from it.
 from collections.abc import Mapping
 from enum import StrEnum
 
-from agent.model import Attempt, Block, Entry, Ingest, Job, Stage
+from agent.model import Attempt, Block, Blocked, Entry, Ingest, Job, Stage
 
 
 class Phase(StrEnum):
@@ -73,13 +73,15 @@ def phase_of(
     """The phase of one key from all that is known of it; None: there is nothing to say.
 
     A running job is the freshest fact, except that what is sealed and whole is Ready whatever else
-    goes on. A failure shows until the next try begins, unless something newer blocks that try.
+    goes on. A failure shows until the next try begins, unless something newer than its own back-off
+    blocks that try, or nobody wants the model any more: then there is no next try.
     """
     if entry is not None and not damaged:
         return Phase.READY
     if job is not None:
         return _OF_STAGE[job.stage]
-    if attempt is not None:
+    waits = block is None or block.why is Blocked.BACKING_OFF
+    if attempt is not None and wanted and waits:
         return Phase.FAILED
     if wanted or damaged or block is not None:
         return Phase.PENDING

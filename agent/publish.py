@@ -43,17 +43,27 @@ class StatusDirectory:
 
     def write(self, bodies: Mapping[str, Body]) -> None:
         """Make the directory say exactly this. Raises AgentError."""
-        with disk_errors("write a status"):
-            for name, body in bodies.items():
-                text = json.dumps(body, indent=1) + "\n"
-                if self._written.get(name) != text:
-                    aside = self._path / f".{name}.json.new"
-                    aside.write_text(text)
-                    aside.replace(self._path / f"{name}.json")
-                    self._written[name] = text
-            for name in set(self._written) - set(bodies):
+        failure = None
+        for name, body in bodies.items():
+            try:
+                self._write(name, json.dumps(body, indent=1) + "\n")
+            except AgentError as error:  # a name too long, say: no reason to keep quiet of others
+                failure = failure or error
+        for name in set(self._written) - set(bodies):
+            with disk_errors(f"remove the status of {name}"):
                 (self._path / f"{name}.json").unlink(missing_ok=True)
-                del self._written[name]
+            del self._written[name]
+        if failure is not None:
+            raise failure
+
+    def _write(self, name: str, text: str) -> None:
+        if self._written.get(name) == text:
+            return
+        with disk_errors(f"write the status of {name}"):
+            aside = self._path / ".status.new"
+            aside.write_text(text)
+            aside.replace(self._path / f"{name}.json")
+        self._written[name] = text
 
 
 class Publisher:
@@ -65,6 +75,7 @@ class Publisher:
         self._status = status
         self._phases: dict[CacheKey, Phase] = {}
         self._counter = 0
+        self._lines: set[CacheKey] = set()
 
     def publish(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
         """Say what changed. Synchronous and small: a few files at most."""
@@ -80,7 +91,9 @@ class Publisher:
                 _log.warning("status is not written: %s", error.message)
 
     def _bodies(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> dict[str, Body]:
-        bodies: dict[str, Body] = {error.name: _refused(error) for error in desired.errors}
+        bodies: dict[str, Body] = {}
+        for error in desired.errors:
+            bodies[error.name] = _refused(error, bodies.get(error.name, {}))
         for name, key in desired.names.items():
             status = model_status(facts[key], path=str(self._store.model(key)))
             if status is None:
@@ -94,15 +107,18 @@ class Publisher:
     def progress(self, facts: Iterable[Facts]) -> None:
         """Write the lines that waiting pods read; the counter tells them that we are alive."""
         self._counter += 1
-        for fact in facts:
-            line = progress_line(fact, self._counter)
+        lines = {fact.key: progress_line(fact, self._counter) for fact in facts}
+        for key in {*lines, *self._lines}:
+            line = lines.get(key)
             try:
                 if line is not None:
-                    self._store.write_progress(fact.key, line)
-                else:
-                    self._store.clear_progress(fact.key)
+                    self._store.write_progress(key, line)
+                    self._lines.add(key)
+                elif key in self._lines:
+                    self._store.clear_progress(key)
+                    self._lines.discard(key)
             except AgentError as error:
-                _log.warning("progress of %s is not written: %s", fact.key, error.message)
+                _log.warning("progress of %s is not written: %s", key, error.message)
 
     def _witness(self, key: CacheKey, fact: Facts) -> None:
         before, now = self._phases.get(key), fact.phase
@@ -135,19 +151,21 @@ class Publisher:
             self._metrics.stored_bytes.labels(kind=kind).set(size)
 
 
-def _refused(error: SpecError) -> Body:
+def _refused(error: SpecError, before: Body) -> Body:
+    """`before` is what was said already under this name: a file may hold several mistakes."""
+    message = f"{before['message']}; {error.message}" if before else error.message
     return {
         "name": error.name,
         "state": Phase.FAILED.value,
         "modelStatus": KSERVE_STATUS[Phase.FAILED],
         "reason": Reason.INVALID_SPEC.value,
-        "message": error.message,
+        "message": message,
     }
 
 
 def _writable(path: Path) -> bool:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)  # no parents: a desired directory that is not there is a mistake
     except OSError:
         return False
     return os.access(path, os.W_OK)

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -32,6 +32,7 @@ from agent.model import (
     Entry,
     Evict,
     Fetch,
+    ModelRef,
     Plan,
     Resolve,
     Space,
@@ -72,6 +73,12 @@ class Pull:
     want: Want
     done: asyncio.Future[Entry]
     waiting: int = 0
+    tallies: list[Tally] = field(default_factory=list)
+
+    @property
+    def received(self) -> int:
+        """Bytes that came for this model since it is waited for, and of the download it joined."""
+        return sum(tally.received for tally in self.tallies)
 
 
 @dataclass(slots=True)
@@ -157,6 +164,8 @@ class Reconciler:
             # Whoever waited may be gone: that is no reason to complain at exit.
             pull.done.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._pulls[want.key] = pull
+            if (running := self._running.get(want.key)) is not None:
+                pull.tallies.append(running.tally)
         pull.waiting += 1
         if want.key not in self._running:
             self._known.attempts.pop(want.key, None)
@@ -180,16 +189,20 @@ class Reconciler:
                 f" patterns, or name the revision in the URI to have both",
             )
 
-    def mend(self, key: CacheKey) -> Pull:
+    def mend(self, ref: ModelRef, bad: list[str]) -> Pull:
         """Take a damaged model off offer and bring what is wrong of it again."""
-        found = self._known.sealed[key]
-        self._known.damaged.add(key)
-        return self.pull(Want(ref=found.ref))
+        if ref.key in self._known.sealed and ref.key not in self._known.withdrawn:
+            self._known.damaged[ref.key] = bad
+        return self.pull(Want(ref=ref))
 
     # -- asking -------------------------------------------------------------------------------
 
     def sealed(self) -> Mapping[CacheKey, Manifest]:
         return self._known.sealed
+
+    def withdrawn(self) -> Mapping[CacheKey, tuple[Manifest, list[str]]]:
+        """Models that were found damaged and are being mended, with what was wrong."""
+        return self._known.withdrawn
 
     def running(self, key: CacheKey) -> Tally | None:
         found = self._running.get(key)
@@ -242,10 +255,13 @@ class Reconciler:
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
         known.ingests = await asyncio.to_thread(self._store.ingests)
-        for ingest in known.ingests.values():
-            if ingest.remaining == 0:
-                # Every byte was here when we were killed: prove them and seal, whoever asked.
-                self._known.mending[ingest.ref.key] = Want(ref=ingest.ref)
+        for key, ingest in known.ingests.items():
+            # Every byte was here when we were killed: prove them and seal, whoever asked. Unless
+            # whoever asked said that these are not the bytes to publish.
+            failed = known.attempts.get(key)
+            refused = failed is not None and failed.reason is Reason.FINGERPRINT_MISMATCH
+            if ingest.remaining == 0 and not refused:
+                known.mending[key] = Want(ref=ingest.ref)
 
     async def run(self) -> None:
         """Turn until cancelled; then stop the jobs, keeping what they brought."""
@@ -259,6 +275,10 @@ class Reconciler:
                 running.task.cancel()
             if self._running:
                 await asyncio.wait([running.task for running in self._running.values()])
+            for pull in self._pulls.values():
+                if not pull.done.done():
+                    message = "the agent stops; what arrived is kept for the next time"
+                    pull.done.set_exception(AgentError(Reason.NETWORK, message))
 
     async def _turns(self) -> None:
         while True:
@@ -283,8 +303,7 @@ class Reconciler:
         """Keep the lines of waiting pods moving, also while nothing else happens."""
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
-            facts = [fact for fact in self.facts().values() if fact.wanted]
-            await asyncio.to_thread(self._publisher.progress, facts)
+            await asyncio.to_thread(self._publisher.progress, self.facts().values())
             self._publish()  # bytes of running downloads
 
     async def _turn(self) -> Plan:
@@ -338,7 +357,7 @@ class Reconciler:
         if missing and key in self._known.sealed and key not in self._known.damaged:
             uri = self._known.sealed[key].ref.uri
             _log.error("%s is damaged: %s", uri, ", ".join(missing[:5]), extra={"key": key})
-            self._known.damaged.add(key)
+            self._known.damaged[key] = missing
             self.wake()
 
     # -- acting -------------------------------------------------------------------------------
@@ -369,6 +388,8 @@ class Reconciler:
         task = asyncio.create_task(work, name=f"{tally.job.stage} {tally.want.ref.uri}")
         task.add_done_callback(lambda _: self.wake())
         self._running[key] = _Running(task, tally)
+        if key in self._pulls:
+            self._pulls[key].tallies.append(tally)
 
     async def _withdraw(self, key: CacheKey) -> None:
         """Off offer first; then it is a want like any other, with most of its bytes there."""
@@ -379,7 +400,7 @@ class Reconciler:
             _log.error("%s is damaged and cannot be withdrawn: %s", found.ref.uri, error.message)
             return
         self._known.sealed.pop(key)
-        self._known.damaged.discard(key)
+        self._known.withdrawn[key] = found, self._known.damaged.pop(key)
         await self._index.record_gone(key)
         self._known.ingests = await asyncio.to_thread(self._store.ingests)
         # Whole again, and the same as before, whether or not anybody asks for it now.
@@ -423,6 +444,7 @@ class Reconciler:
             running = self._running.pop(key)
             self._known.ingests = await asyncio.to_thread(self._store.ingests)
             if running.task.cancelled():
+                await self._note_a_late_seal(key)
                 continue
             error = running.task.exception()
             if error is None:
@@ -434,13 +456,20 @@ class Reconciler:
                 what = f"{type(error).__name__}: {str(error)[:200]}"
                 await self._failed(running.tally.want, AgentError(Reason.INTERNAL, what))
 
+    async def _note_a_late_seal(self, key: CacheKey) -> None:
+        """A job that was cancelled while it sealed has sealed all the same."""
+        sealed = await asyncio.to_thread(self._store.manifest, key)
+        if sealed is not None and key not in self._known.sealed:
+            await self._succeeded(key, sealed)
+
     async def _succeeded(self, key: CacheKey, sealed: Manifest | None) -> None:
         self._list_again.discard(key)
         if sealed is None:  # a listing: the failures in a row end with the seal
             return
         now = self._clock()
         self._known.sealed[key] = sealed
-        self._known.damaged.discard(key)
+        self._known.damaged.pop(key, None)
+        self._known.withdrawn.pop(key, None)
         self._known.mending.pop(key, None)
         self._known.last_used[key] = now
         self._known.attempts.pop(key, None)

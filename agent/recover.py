@@ -20,7 +20,7 @@ class Found:
     directory: bool = False  # models/<key>, with something in it
     listing: bool = False  # ingest/<key>/listing.json, readable
     tree: bool = False  # ingest/<key>/tree
-    ingest: bool = False  # ingest/<key>/ at all
+    ingest: bool = False  # ingest/<key>/ at all, but for a salvage that waits to be asked for
 
 
 class Fix(Enum):
@@ -39,37 +39,32 @@ class Fix(Enum):
 def recover(found: Found) -> tuple[Fix, ...]:
     """The fixes for one key, in the order in which they are to be made.
 
-    Killed after any of them, the next start comes to the same end; once all are made there is
-    nothing left to do, but to report what is foreign and to give up a salvage nobody asked for.
+    Killed after any of them, the next start comes to the same end. Once all are made there is
+    nothing left to do, but to report what is foreign.
     """
-    if found.unreadable and found.manifest and found.directory:
-        # Only the retiring manifest is damaged, and it is of an earlier life of the model.
-        return (Fix.DROP_RETIRING, *_beside_a_sealed_model(found))
-    if found.unreadable:
-        return _unreadable(found)
+    if found.unreadable and found.directory and not found.manifest:
+        return _salvaged(found)
     if found.retiring and found.directory and not found.manifest:
         # Killed while retiring: nothing was deleted yet. Put back, planned again.
         return (Fix.RESTORE_MANIFEST, *_beside_a_sealed_model(found))
-    fixes = (Fix.DROP_RETIRING,) if found.retiring else ()
+    # With a good manifest, the damaged one is a retiring one of an earlier life of the model.
+    fixes = (Fix.DROP_RETIRING,) if found.retiring or found.unreadable else ()
     if found.manifest and found.directory:
         return (*fixes, *_beside_a_sealed_model(found))
-    if found.manifest:
+    if found.manifest or found.unreadable:
         fixes = (*fixes, Fix.WITHDRAW_MANIFEST)
     return (*fixes, *_unsealed(found))
 
 
-def _unreadable(found: Found) -> tuple[Fix, ...]:
+def _salvaged(found: Found) -> tuple[Fix, ...]:
     """A manifest was damaged. The directory is ours all the same: its files are worth a re-hash.
 
-    The listing is asked for again when somebody wants the model; until then it is debris, and given
-    up at the next start. The manifests are removed last: they say whose directory this is.
+    The listing is asked for again when somebody wants the model. The manifests are removed last:
+    they are all that says whose directory this is.
     """
-    notes: tuple[Fix, ...] = (Fix.DROP_RETIRING, Fix.WITHDRAW_MANIFEST)
-    if found.sealing:
-        notes = (*notes, Fix.DROP_SEALING)
-    if not found.directory:
-        return notes
-    return (Fix.DROP_INGEST, Fix.SALVAGE, *notes) if found.ingest else (Fix.SALVAGE, *notes)
+    ingest = (Fix.DROP_INGEST,) if found.ingest else ()
+    sealing = (Fix.DROP_SEALING,) if found.sealing else ()
+    return (*ingest, Fix.SALVAGE, Fix.DROP_RETIRING, Fix.WITHDRAW_MANIFEST, *sealing)
 
 
 def _beside_a_sealed_model(found: Found) -> tuple[Fix, ...]:

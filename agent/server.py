@@ -1,7 +1,8 @@
 """HTTP faces of one agent: metrics and health for the cluster, the verbs for the node's operator.
 
     TCP   /metrics /healthz /readyz          read by Prometheus and kubelet
-    Unix  GET /v1/models, POST /v1/pull, POST /v1/verify     newline-delimited JSON events
+    Unix  GET /v1                                            whether somebody is there
+          GET /v1/models, POST /v1/pull, POST /v1/verify     newline-delimited JSON events
 
 The socket is in a directory of mode 0700: whoever may open it may have the agent download things.
 """
@@ -18,7 +19,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from agent import layout
+from agent import __version__, layout
 from agent.errors import AgentError, Reason
 from agent.metrics import Metrics
 from agent.reconcile import Reconciler
@@ -26,6 +27,8 @@ from agent.service import Event, Service
 
 _STALE_SECONDS = 180.0
 """A loop that finished no turn for so long is not healthy: they come every 30 s at the latest."""
+
+_SHUTDOWN_SECONDS = 1.0  # of the ten that a pod has
 
 _SOCKET_NAME_MAX = 107  # bytes in sockaddr_un
 
@@ -72,6 +75,9 @@ def health_app(
 def verbs_app(service: Service) -> web.Application:
     """What the operator on the node may ask."""
 
+    async def version(_: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
     async def models(request: web.Request) -> web.StreamResponse:
         return await _stream(request, service.models())
 
@@ -82,6 +88,7 @@ def verbs_app(service: Service) -> web.Application:
         return await _stream(request, service.verify(await _body(request)))
 
     app = web.Application()
+    app.router.add_get("/v1", version)
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/pull", pull)
     app.router.add_post("/v1/verify", verify)
@@ -101,21 +108,22 @@ async def _body(request: web.Request) -> dict[str, Any]:
 async def _stream(request: web.Request, events: AsyncGenerator[Event, None]) -> web.StreamResponse:
     """Send events as they come. A client that went away ends the verb."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-    await response.prepare(request)
-    async with contextlib.aclosing(events):
-        async for event in events:
-            await response.write(json.dumps(event).encode() + b"\n")
-    await response.write_eof()
+    with contextlib.suppress(ConnectionResetError):
+        await response.prepare(request)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                await response.write(json.dumps(event).encode() + b"\n")
+        await response.write_eof()
     return response
 
 
 @contextlib.asynccontextmanager
 async def serve_tcp(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
     """Serve until the block ends; the port that was bound."""
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port, shutdown_timeout=1.0)
+        site = web.TCPSite(runner, host, port)
         try:
             await site.start()
         except OSError as error:
@@ -133,10 +141,12 @@ async def serve_socket(app: web.Application, state: Path) -> AsyncIterator[None]
     (state / layout.SOCKET).unlink(missing_ok=True)
     # aiohttp cancels a handler whose client went away only if told to; a pull nobody watches
     # any more is to be cancelled.
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, handler_cancellation=True)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_SECONDS
+    )
     await runner.setup()
     try:
-        await web.UnixSite(runner, name, shutdown_timeout=1.0).start()
+        await web.UnixSite(runner, name).start()
         yield
     finally:
         await runner.cleanup()

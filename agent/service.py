@@ -17,7 +17,7 @@ from agent.known import objection
 from agent.kube import parse
 from agent.manifest import Manifest
 from agent.metrics import Metrics, Result
-from agent.model import CacheKey, Entry, ModelRef, Want, cache_key
+from agent.model import CacheKey, Entry, ModelRef, Want
 from agent.reconcile import Pull, Reconciler
 from agent.status import model_status
 from agent.store import Store
@@ -50,9 +50,7 @@ class Service:
             yield error_event(error)
             return
         try:
-            received = 0
             async for event in self._wait(pull):
-                received = max(received, event["received_bytes"])
                 yield event
             entry = pull.done.result()
             if (problem := objection(want, entry)) is not None:
@@ -62,7 +60,7 @@ class Service:
             yield {
                 "event": "result",
                 **self._described(entry),
-                "downloaded_bytes": received,
+                "downloaded_bytes": pull.received,
                 "seconds": round(time.monotonic() - begun, 3),
                 "result": "downloaded" if result == "miss" else result,
             }
@@ -77,22 +75,18 @@ class Service:
         return "joined" if self._reconciler.running(key) else "miss"
 
     async def _wait(self, pull: Pull) -> AsyncGenerator[Event, None]:
-        """Progress until the pull has its answer. The bytes of a repair or a retry add up."""
-        before, last = 0, 0
+        """Progress until the pull has its answer."""
         while not pull.done.done():
             await asyncio.wait({pull.done}, timeout=_PROGRESS_SECONDS)
             tally = self._reconciler.running(pull.want.key)
-            if tally is None:
-                before, last = before + last, 0
-                continue
-            last = max(last, tally.received)
-            yield {
-                "event": "progress",
-                "stage": tally.job.stage.value,
-                "total_bytes": tally.total,
-                "done_bytes": tally.job.done,
-                "received_bytes": before + last,
-            }
+            if tally is not None:
+                yield {
+                    "event": "progress",
+                    "stage": tally.job.stage.value,
+                    "total_bytes": tally.total,
+                    "done_bytes": tally.job.done,
+                    "received_bytes": pull.received,
+                }
 
     def _described(self, entry: Entry) -> Event:
         return {
@@ -113,41 +107,44 @@ class Service:
                 yield {"event": "model", **asdict(status)}
 
     async def verify(self, request: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
-        """Hash sealed models again. Events: `verified` a model; with `repair`, `repaired` too."""
+        """Hash sealed models again. Events: `verified` a model; with `repair`, `repaired` too.
+
+        What a look at names and sizes found already is reported as it was found, also where it is
+        mended by the time that it is its turn.
+        """
+        withdrawn = dict(self._reconciler.withdrawn())
+        damaged = {key: found for key, (found, _) in withdrawn.items()}
+        models = {**damaged, **self._reconciler.sealed()}
         try:
-            keys = self._selected(request)
+            keys = select({k: found.ref for k, found in models.items()}, request.get("models"))
         except AgentError as error:
             yield error_event(error)
             return
         for key in keys:
-            found = self._reconciler.sealed().get(key)
-            if found is None:
-                continue  # gone while another one was hashed
-            bad = await self._fetcher.damaged(found)
+            if key in withdrawn:
+                found, bad = withdrawn[key]
+            else:
+                found = models[key]
+                bad = await self._fetcher.damaged(found)
             yield verified_event(found, bad)
             if bad and request.get("repair"):
-                async for event in self._repair(key, found, bad):
+                async for event in self._repair(found, bad):
                     yield event
 
-    async def _repair(
-        self, key: CacheKey, found: Manifest, bad: list[str]
-    ) -> AsyncGenerator[Event, None]:
+    async def _repair(self, found: Manifest, bad: list[str]) -> AsyncGenerator[Event, None]:
         try:
-            pull = self._reconciler.mend(key)
+            pull = self._reconciler.mend(found.ref, bad)
         except AgentError as error:
             yield error_event(error)
             return
         try:
             await asyncio.shield(pull.done)
-            yield {"event": "repaired", "key": key, "uri": found.ref.uri, "repaired": bad}
+            uri = found.ref.uri
+            yield {"event": "repaired", "key": found.ref.key, "uri": uri, "repaired": bad}
         except AgentError as error:
             yield {**error_event(error), "uri": found.ref.uri}
         finally:
             self._reconciler.release(pull)
-
-    def _selected(self, request: Mapping[str, Any]) -> list[CacheKey]:
-        sealed = self._reconciler.sealed()
-        return select({key: found.ref for key, found in sealed.items()}, request.get("models"))
 
 
 def select(sealed: Mapping[CacheKey, ModelRef], asked: Any) -> list[CacheKey]:
@@ -158,10 +155,13 @@ def select(sealed: Mapping[CacheKey, ModelRef], asked: Any) -> list[CacheKey]:
     return [_selected(sealed, str(name)) for name in asked]
 
 
+def is_named(name: str, key: str, uri: str) -> bool:
+    """Whether a user's word for a model means this one: its URI, or the beginning of its key."""
+    return name == uri or (len(name) >= 4 and key.startswith(name))
+
+
 def _selected(sealed: Mapping[CacheKey, ModelRef], name: str) -> CacheKey:
-    if cache_key(name) in sealed:
-        return cache_key(name)
-    found = [key for key in sealed if len(name) >= 4 and key.startswith(name)]
+    found = [key for key, ref in sealed.items() if is_named(name, key, ref.uri)]
     if len(found) != 1:
         problem = "is not on offer here" if not found else f"is the beginning of {len(found)} keys"
         raise AgentError(Reason.INVALID_SPEC, f"{name[:200]!r} {problem}; see localmodel ls")
@@ -195,8 +195,8 @@ def _want(request: Mapping[str, Any]) -> Want:
     return Want(
         ref=ModelRef(
             uri=uri,
-            include=tuple(request.get("include") or ()),
-            exclude=tuple(request.get("exclude") or ()),
+            include=parse.one_lines(request.get("include") or ()),
+            exclude=parse.one_lines(request.get("exclude") or ()),
         ),
         expect_fingerprint=parse.fingerprint(request.get("expect_fingerprint")),
     )

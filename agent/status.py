@@ -117,7 +117,7 @@ def progress_line(facts: Facts, counter: int) -> str | None:
     None once the model is on offer, or for a key nobody waits for.
     """
     phase = facts.phase
-    if phase is None or phase in (Phase.READY, Phase.PARTIAL):
+    if phase is None or phase is Phase.READY or not facts.wanted:
         return None
     total, done = _progress(facts)
     reason, _ = _why(facts, phase)

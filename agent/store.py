@@ -32,6 +32,8 @@ from agent.model import (
 )
 from agent.recover import Fix, Found, recover
 
+_OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
+
 
 class Store:
     """One volume. `root` is the directory that the serving pods' volume points at."""
@@ -203,7 +205,8 @@ class Store:
         with disk_errors(f"begin {listing.ref.uri}"):
             self._settle(key)
             _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
-            kept = _worth_keeping(self.listing(key), listing)
+            previous = self.listing(key)
+            kept = _worth_keeping(previous, listing)
             self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
             for top in (self.tree(key), self.partial(key)):
                 self._keep_only(top, kept)
@@ -211,7 +214,8 @@ class Store:
                 for directory in _directories(file.path for file in listing.files):
                     self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
             # The listing comes last: with it, the tree beside it is the one being built.
-            self._pin(listing)
+            if previous != listing:
+                self._pin(listing)
 
     def _settle(self, key: CacheKey) -> None:
         """A seal of this very life may have failed half way: the repair that a start would make.
@@ -240,9 +244,13 @@ class Store:
                 self._files.remove_directory(directory)
 
     def abandon(self, key: CacheKey) -> None:
-        """Give up what was begun, or salvaged, and is not sealed; `sweep` gives the bytes back."""
+        """Give up what was begun, or salvaged, and is not sealed; `sweep` gives the bytes back.
+
+        A directory whose manifest is there is left alone, even if that cannot be read.
+        """
         with disk_errors(f"abandon {key}"):
-            self._settle(key)
+            if not self._notes().get(key, set()) & _OFFERED:
+                self._settle(key)  # a seal that failed half way left its directory in place
             self._drop_ingest(key)
             self._files.unlink(self.root / layout.progress(key))
 
@@ -281,11 +289,20 @@ class Store:
                 raise
             self._files.sync_directory(target.parent)
             self._files.sync_directory(self._ingest(key))
-            self._files.rename(self.root / layout.sealing(key), self.root / layout.manifest(key))
-            self._files.sync_directory(self.root / layout.MANIFESTS)
+            self._publish(key)
             with suppress(OSError):  # it is published: what is left over is for `recover`
                 self._files.unlink(self.root / layout.progress(key))
                 self._drop_ingest(key)
+
+    def _publish(self, key: CacheKey) -> None:
+        note, offer = self.root / layout.sealing(key), self.root / layout.manifest(key)
+        self._files.rename(note, offer)
+        try:
+            self._files.sync_directory(offer.parent)
+        except OSError:
+            with suppress(OSError):  # whoever is told that it failed must find it so
+                self._files.rename(offer, note)
+            raise
 
     def _make_exact(self, tree: Path, sealed: Manifest) -> None:
         """A model holds exactly the upstream files, whatever was done to its directory.
@@ -341,7 +358,8 @@ class Store:
         Each of the three steps may be repeated after it failed.
         """
         with disk_errors(f"retire {key}"):
-            self._move_note(layout.manifest(key), layout.retiring(key))
+            gone = not os.path.lexists(self.model(key))
+            self._move_note(layout.manifest(key), layout.retiring(key), done=gone)
 
     def cancel_retire(self, key: CacheKey) -> None:
         """Somebody came: put it back on offer."""
@@ -351,17 +369,18 @@ class Store:
     def finish_retire(self, key: CacheKey) -> None:
         """Nobody came: to the trash, whose bytes `sweep` gives back."""
         with disk_errors(f"retire {key}"):
-            if os.path.lexists(self.model(key)):  # not by way of a symlink
+            ours = (self.root / layout.retiring(key)).exists()
+            if ours and os.path.lexists(self.model(key)):  # not by way of a symlink
                 self._files.rename(self.model(key), self._in_trash(key))
-                self._files.sync_directory(self.root / layout.MODELS)
-                self._files.sync_directory(self.root / layout.TRASH)
+            self._files.sync_directory(self.root / layout.MODELS)
+            self._files.sync_directory(self.root / layout.TRASH)
             self._drop_note(layout.retiring(key))
 
-    def _move_note(self, source: str, target: str) -> None:
+    def _move_note(self, source: str, target: str, *, done: bool = False) -> None:
         try:
             self._files.rename(self.root / source, self.root / target)
         except FileNotFoundError:
-            if not (self.root / target).exists():
+            if not done and not (self.root / target).exists():
                 raise
         self._files.sync_directory(self.root / layout.MANIFESTS)
 
@@ -467,7 +486,7 @@ class Store:
         good = {note for note in notes if self._note(paths[note], key) is not None}
         directory = _is_directory(self.model(key)) and bool(_names(self.model(key)))
         # A salvage waits for somebody to ask for it, and a pod may be reading it: no debris.
-        offered = notes & {"manifest", "retiring"}
+        offered = notes & _OFFERED
         waits = self._is_salvage(key) and not (directory and offered)
         return Found(
             manifest="manifest" in good,

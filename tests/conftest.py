@@ -59,7 +59,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             if tried.returncode != 0:
                 pytest.skip(f"NOT TESTED, no small file system without root: {tried.stderr}")
             # Lazily: a killed process may hold it for a moment longer.
-            mounted.callback(subprocess.run, ["umount", "--lazy", path], check=True)
+            mounted.callback(lambda: subprocess.run(["umount", "--lazy", path], check=True))
             return path
 
         yield make

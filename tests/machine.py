@@ -5,6 +5,7 @@ outlives its `Machine`: each is ended by its own number.
 """
 
 import functools
+import io
 import json
 import os
 import signal
@@ -14,14 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from unittest.mock import patch
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import layout
+from agent.cli import run
 from agent.model import CacheKey, cache_key
 
 _T = TypeVar("_T")
@@ -29,8 +32,6 @@ _T = TypeVar("_T")
 REPOSITORY = Path(__file__).parent.parent
 DEADLINE = 30.0
 """Seconds that anything expected may take on a busy machine."""
-
-NOBODY = 65534
 
 
 def until(
@@ -159,13 +160,13 @@ class Agent:
         return found
 
     def wait_state(self, name: str, state: str, *, reason: str | None = None) -> dict[str, Any]:
-        def reached() -> dict[str, Any] | None:
+        def reached() -> dict[str, Any]:
             assert self.process.poll() is None, self.log_text()
             found = self.status(name)
             as_wanted = found.get("state") == state and reason in (None, found.get("reason"))
-            return found if as_wanted else None
+            return found if as_wanted else {}
 
-        return until(reached, lambda: f"{self.status(name)}\n{self.log_text()}")  # type: ignore[return-value] # until waits for one
+        return until(reached, lambda: f"{self.status(name)}\n{self.log_text()}")
 
     def stop(self, number: int = signal.SIGTERM, *, seconds: float = 10.0) -> int:
         """End it as kubelet does; its exit code. Fails if it takes longer than a pod has."""
@@ -212,11 +213,12 @@ class Machine:
         *arguments: str,
         root: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
         **options: Any,
     ) -> Command:
-        """Start a verb; `options` are Popen's."""
+        """Start a verb, under another command if one is given; `options` are Popen's."""
         process: subprocess.Popen[str] = subprocess.Popen(
-            self.argv(*arguments, root=root),
+            [*under, *self.argv(*arguments, root=root)],
             stdin=subprocess.DEVNULL,
             stdout=options.pop("stdout", subprocess.PIPE),
             stderr=options.pop("stderr", subprocess.PIPE),
@@ -239,6 +241,20 @@ class Machine:
         """Run a verb to its end."""
         return self.start(*arguments, root=root, environment=environment, **options).done()
 
+    def inline(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Done:
+        """Run a verb in this process: the same command without the second that Python takes."""
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with (
+            patch.dict(os.environ, {**self.environment, **(environment or {})}, clear=True),
+            redirect_stdout(stdout),
+            redirect_stderr(stderr),
+        ):
+            try:
+                code = run(self.argv(*arguments)[3:])
+            except SystemExit as ended:  # argparse's
+                code = int(ended.code or 0)
+        return Done(code, stdout.getvalue(), stderr.getvalue())
+
     # -- the agent ----------------------------------------------------------------------------
 
     def agent(self, *flags: str, root: Path | None = None, desired: Path | None = None) -> Agent:
@@ -259,9 +275,7 @@ class Machine:
         self._agents.append(agent)
         return agent
 
-    def want(
-        self, name: str, uri: str, *, file: str | None = None, **annotations: str
-    ) -> Path:
+    def want(self, name: str, uri: str, *, file: str | None = None, **annotations: str) -> Path:
         """Write a LocalModelCache into the desired directory, at once as `kubectl` would."""
         path = self.desired / (file or f"{name}.yaml")
         replace(path, cache_yaml(name, uri, **annotations))

@@ -12,7 +12,6 @@ from typing import Any
 
 from agent import __version__
 from agent.cli import verbs
-from agent.cli.render import error_text
 from agent.config import Settings, add_flags, read, unify_ca_variables
 from agent.errors import AgentError
 from agent.service import error_event
@@ -27,13 +26,10 @@ def run(argv: Sequence[str], *, program: str = "localmodel") -> int:
     try:
         settings = read(vars(arguments), os.environ)
         verb: _Verb = arguments.verb
-        return asyncio.run(verb(settings, arguments))
+        code = asyncio.run(verb(settings, arguments))
+        print(end="", flush=True)  # here, where a reader that went away is expected
     except AgentError as error:
-        event = error_event(error)
-        if getattr(arguments, "output", "table") == "json":
-            print(json.dumps(event, indent=1))
-        print(error_text(event), file=sys.stderr)
-        return verbs.exit_code(event)
+        return verbs.failed(error_event(error), arguments)
     except KeyboardInterrupt:
         print("interrupted; what was downloaded is kept for the next time", file=sys.stderr)
         return 130
@@ -41,6 +37,7 @@ def run(argv: Sequence[str], *, program: str = "localmodel") -> int:
         # The reader went away (`| head`). Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return code
 
 
 def parser(program: str = "localmodel") -> argparse.ArgumentParser:

@@ -78,7 +78,7 @@ def bar() -> Iterator[Bar]:
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not sys.stderr.isatty(),  # FORCE_COLOR makes a terminal of a log, for rich
     )
     with progress:
         yield Bar(progress, progress.add_task("waiting", total=None))

@@ -10,9 +10,13 @@ from typing import Any, Protocol
 from agent import layout
 from agent.config import Settings
 from agent.errors import AgentError, Reason
+from agent.model import CacheKey, Ingest
 from agent.service import Event, error_event, select, verified_event
 from agent.status import Facts, model_status
 from agent.store import Store
+
+_ALIVE_SECONDS = 10.0
+"""An agent that is only busy answers in milliseconds; one that is stopped never does."""
 
 
 class Reader(Protocol):
@@ -57,7 +61,8 @@ async def changing(settings: Settings) -> AsyncIterator[Session]:
 @contextlib.asynccontextmanager
 async def _agent(settings: Settings) -> AsyncIterator["_Remote | None"]:
     state = settings.state_directory
-    if not (state / layout.SOCKET).exists():
+    # access, not exists: in a private directory of another user there is no socket for us.
+    if not os.access(state / layout.SOCKET, os.F_OK):
         yield None
         return
     import aiohttp
@@ -86,14 +91,15 @@ class _Remote:
         """Whether somebody listens. A socket that nobody listens on was left by a kill."""
         import aiohttp
 
+        timeout = aiohttp.ClientTimeout(total=_ALIVE_SECONDS)
         try:
-            async with self._http.get("http://agent/v1/models"):
+            async with self._http.get("http://agent/v1", timeout=timeout):
                 return True
-        except PermissionError as error:
+        except TimeoutError as error:
             raise AgentError(
-                Reason.PERMISSION_DENIED, "the agent's socket belongs to another user"
+                Reason.LOCKED, f"the agent does not answer within {_ALIVE_SECONDS:g} s"
             ) from error
-        except aiohttp.ClientConnectorError:
+        except aiohttp.ClientError:
             return False
 
     def models(self) -> AsyncGenerator[Event, None]:
@@ -113,8 +119,12 @@ class _Remote:
         try:
             async with self._http.request(method, f"http://agent/v1/{verb}", json=body) as response:
                 response.raise_for_status()
-                async for line in response.content:
-                    yield json.loads(line)
+                rest = b""
+                # Not by `readline`, which has a limit: a line may name ten thousand bad files.
+                async for data in response.content.iter_any():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        yield json.loads(line)
         except aiohttp.ClientError as error:
             yield error_event(
                 AgentError(Reason.NETWORK, f"the agent went away: {type(error).__name__}")
@@ -130,7 +140,7 @@ class _Disk:
 
     async def models(self) -> AsyncGenerator[Event, None]:
         facts = {}
-        for key, ingest in self._store.ingests().items():
+        for key, ingest in self._ingests().items():
             facts[key] = Facts(key=key, ref=ingest.ref, wanted=False, ingest=ingest)
         for key, found, used in self._store.manifests():
             damaged = bool(self._store.damage(key, found))
@@ -140,6 +150,15 @@ class _Disk:
             status = model_status(facts[key], path=str(self._store.model(key)))
             if status is not None:
                 yield {"event": "model", **asdict(status)}
+
+    def _ingests(self) -> dict[CacheKey, Ingest]:
+        """Partial files are the agent's own: to another user there are none."""
+        try:
+            return self._store.ingests()
+        except AgentError as error:
+            if error.reason is not Reason.PERMISSION_DENIED:
+                raise
+            return {}
 
     async def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
         from agent.fetch import damaged

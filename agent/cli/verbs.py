@@ -11,8 +11,7 @@ from agent.cli.render import bar, error_text, size, table
 from agent.cli.session import changing, reading
 from agent.config import Settings
 from agent.errors import Reason
-from agent.model import cache_key
-from agent.service import Event
+from agent.service import Event, is_named
 from agent.store import Store
 
 _BAD_REQUEST = frozenset(
@@ -57,7 +56,7 @@ async def pull(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _pulled(event: Event, arguments: argparse.Namespace) -> int:
     if event["event"] == "error":
-        return _failed(event, arguments)
+        return failed(event, arguments)
     if arguments.output == "json":
         _print_json({name: value for name, value in event.items() if name != "event"})
         return 0
@@ -103,16 +102,13 @@ async def _models(settings: Settings) -> list[Event]:
 async def show(settings: Settings, arguments: argparse.Namespace) -> int:
     wanted = arguments.model
     models = [
-        model
-        for model in await _models(settings)
-        if model["key"] == cache_key(wanted)
-        or (len(wanted) >= 4 and model["key"].startswith(wanted))
+        model for model in await _models(settings) if is_named(wanted, model["key"], model["uri"])
     ]
     if len(models) != 1:
         problem = "is not here" if not models else f"is the beginning of {len(models)} keys"
         message = f"{wanted[:200]!r} {problem}"
         event = {"reason": "InvalidSpec", "message": message, "advice": "see localmodel ls"}
-        return _failed(event, arguments)
+        return failed(event, arguments)
     model = models[0]
     found = Store(settings.root).manifest(model["key"])
     files = [
@@ -187,8 +183,9 @@ def _without_empty(event: Event) -> Event:
     return {name: value for name, value in event.items() if value != ""}
 
 
-def _failed(event: Mapping[str, Any], arguments: argparse.Namespace) -> int:
-    if arguments.output == "json":
+def failed(event: Mapping[str, Any], arguments: argparse.Namespace) -> int:
+    """Print an `error` event; the exit code."""
+    if getattr(arguments, "output", "table") == "json":  # the agent has no such flag
         _print_json({name: value for name, value in event.items() if name != "event"})
     print(error_text(event), file=sys.stderr)
     return exit_code(event)

@@ -1,11 +1,12 @@
 """Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from agent.errors import AgentError, Reason
+from agent.layout import is_one_line
 from agent.model import ModelRef, Want
 
 GROUP = "serving.kserve.io"
@@ -61,7 +62,16 @@ def cache(raw: Any) -> Cache:
 
 def patterns(text: str) -> tuple[str, ...]:
     """Comma-separated globs."""
-    return tuple(part for part in (part.strip() for part in text.split(",")) if part)
+    return one_lines(part for part in (part.strip() for part in text.split(",")) if part)
+
+
+def one_lines(found: Iterable[str]) -> tuple[str, ...]:
+    """Globs, each fit for a line of a manifest. Raises InvalidSpec."""
+    result = tuple(found)
+    for pattern in result:
+        if not is_one_line(pattern):
+            raise _invalid(f"the pattern {pattern[:100]!a} holds control characters")
+    return result
 
 
 def fingerprint(text: str | None) -> str | None:

@@ -37,6 +37,7 @@ from agent.sources.base import in_thread, pin
 from agent.sources.session import bounded
 
 _URI = re.compile(r"hf://(?P<repo>[^/:]+/[^/:]+)(?::(?P<revision>[^/]*))?(?:/(?P<below>.*))?")
+_ENDPOINT = re.compile(r"https?://[^/@?#\s]+(?:/[^@?#\s]*)?", re.IGNORECASE)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 
 _ANSWER_SECONDS = 30.0
@@ -88,15 +89,19 @@ class HuggingFace:
         answer_seconds: float = _ANSWER_SECONDS,
         listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
+        if not _ENDPOINT.fullmatch(endpoint):
+            # A name and a password in it would be shown in every message that names the endpoint.
+            raise AgentError(
+                Reason.INVALID_SPEC,
+                "the hub's endpoint (HF_ENDPOINT) must be http[s]://host[:port][/path], no more",
+            )
         self._endpoint = endpoint.rstrip("/")
-        # As it is shown: an endpoint may hold a name and a password.
-        self._name = re.sub("//[^/]*@", "//", self._endpoint)
         self._ask_token = token
         self._answer_seconds = answer_seconds
         self._listing_seconds = listing_seconds
 
     def __repr__(self) -> str:
-        return f"HuggingFace({self._name!r})"
+        return f"HuggingFace({self._endpoint!r})"
 
     @classmethod
     def from_environment(cls) -> "HuggingFace":
@@ -120,7 +125,7 @@ class HuggingFace:
 
     def _token(self) -> str | None:
         """The token of this moment; None for anonymous. Raises Unauthorized, NetworkError."""
-        with _hub_errors("the token", self._name):
+        with _hub_errors("the token", self._endpoint):
             token = self._ask_token()
         if token and not (token.isascii() and token.isprintable()):
             # Said here, without it: HTTP's own complaint would quote it.
@@ -133,11 +138,10 @@ class HuggingFace:
         with (
             bounded(
                 self._endpoint,
-                self._name,
                 answer_seconds=self._answer_seconds,
                 seconds=self._listing_seconds,
             ),
-            _hub_errors(ref.uri, self._name),
+            _hub_errors(ref.uri, self._endpoint),
         ):
             api = HfApi(endpoint=self._endpoint, token=token or False)
             commit = api.model_info(address.repo, revision=address.revision).sha

@@ -24,15 +24,15 @@ from agent.errors import AgentError, Reason
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
+    endpoint: str
     origin: tuple[str, str, int | None]
-    name: str
     answer_seconds: float
     deadline: float  # of time.monotonic
 
     def left(self) -> float:
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:
-            raise AgentError(Reason.STALLED, f"{self.name} did not finish its listing in time")
+            raise AgentError(Reason.STALLED, f"{self.endpoint} did not finish its listing in time")
         return seconds
 
 
@@ -41,14 +41,14 @@ _BOUNDS: ContextVar[_Bounds | None] = ContextVar("_BOUNDS", default=None)
 
 
 @contextmanager
-def bounded(endpoint: str, name: str, *, answer_seconds: float, seconds: float) -> Iterator[None]:
+def bounded(endpoint: str, *, answer_seconds: float, seconds: float) -> Iterator[None]:
     """Every request of the hub's client in this context: no wait for a byte is longer than
     `answer_seconds`, all of them together take at most `seconds`, none is repeated, and the token
-    goes to this endpoint only. `name` is the endpoint as messages may show it.
+    goes to this endpoint only.
     """
     _install()
     deadline = time.monotonic() + seconds
-    bounds = _Bounds(_origin(httpx2.URL(endpoint)), name, answer_seconds, deadline)
+    bounds = _Bounds(endpoint, _origin(httpx2.URL(endpoint)), answer_seconds, deadline)
     token = _BOUNDS.set(bounds)
     try:
         yield
@@ -78,10 +78,10 @@ class _Session(httpx2.Client):
             response.stream = _Watched(response.stream, bounds)
             response.read()
         except httpx2.TimeoutException as error:
-            raise AgentError(Reason.STALLED, f"{bounds.name} did not answer in time") from error
+            raise AgentError(Reason.STALLED, f"{bounds.endpoint} did not answer in time") from error
         except httpx2.TransportError as error:
             raise AgentError(
-                Reason.NETWORK, f"cannot reach {bounds.name}: {str(error)[:200]}"
+                Reason.NETWORK, f"cannot reach {bounds.endpoint}: {str(error)[:200]}"
             ) from error
         hf_raise_for_status(response)
         return response

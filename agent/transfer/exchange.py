@@ -44,6 +44,7 @@ class Body:
         self.where = where
         self._response = response
         self._left = length
+        self._begun = False
 
     def read_into(self, view: memoryview) -> int:
         """One read of the socket, at most; 0 at the end. Never more than was announced."""
@@ -60,7 +61,13 @@ class Body:
         # BufferedReader.readinto1 goes straight to recv_into for buffers as large as ours.
         # HTTPResponse.readinto would not return before the buffer is full: a server that
         # dribbles one byte a second could not be told from a fast one.
-        count: int = self._response.fp.readinto1(view[: self._left])
+        fp, view = self._response.fp, view[: self._left]
+        if not self._begun:
+            # What came along with the headers is taken by itself: readinto1 would wait for more,
+            # and lose it if no more comes.
+            self._begun = True
+            view = view[: len(fp.peek(1))]
+        count: int = fp.readinto1(view) if view else 0
         self._left -= count
         return count
 

@@ -384,14 +384,14 @@ def _ref(name: str) -> ModelRef:
     return ModelRef(uri=f"hf://acme/{name}")
 
 
-def _entry(name: str, size: int, *, last_used: float = 0.0) -> Entry:
+def _entry(name: str, size: int, *, last_used: float = 0.0, sealed_at: float = 0.0) -> Entry:
     return Entry(
         ref=_ref(name),
         revision="r",
         fingerprint="sha256:00",
         bytes=size,
         files=1,
-        sealed_at=0.0,
+        sealed_at=sealed_at,
         last_used=last_used,
     )
 
@@ -498,6 +498,26 @@ def test_the_room_that_draining_made_is_used_without_another_eviction() -> None:
     older, newer = _entry("older", 40, last_used=1.0), _entry("newer", 40, last_used=2.0)
     decided = _plan(wants={"new": 0}, free=3, entries=(newer, older), ingests=(_ingest("new", 33),))
     assert decided.actions == (Evict(older.key, 40), Fetch(_ref("new").key, 33))
+
+
+def test_the_last_use_counts_before_the_age_and_the_age_before_the_name() -> None:
+    idle = _entry("idle", 20, last_used=1.0, sealed_at=9.0)
+    old, new = (_entry(str(age), 20, last_used=2.0, sealed_at=age) for age in (3.0, 4.0))
+    alike = sorted((_entry(name, 20, last_used=3.0) for name in "ab"), key=lambda e: e.key)
+    for entries in ((*alike, new, old, idle), (idle, old, new, *reversed(alike))):
+        decided = _plan(wants={"all": 0}, free=0, entries=entries, ingests=(_ingest("all", 90),))
+        assert _keys(decided, Evict) == [entry.key for entry in (idle, old, new, *alike)]
+
+
+def test_an_empty_model_is_not_evicted_to_make_room() -> None:
+    empty, full = _entry("empty", 0), _entry("full", 40, last_used=1.0)
+    assert _plan(wants={}, free=0, entries=(empty, full)).actions == (Evict(full.key, 40),)
+
+
+def test_a_resume_asks_room_for_the_rest_only() -> None:
+    """40 bytes below the high mark are enough for the missing half of 60."""
+    decided = _plan(wants={"half": 0}, free=50, ingests=(_ingest("half", 60, 30),))
+    assert decided.actions == (Fetch(_ref("half").key, 30),)
 
 
 def test_what_is_all_there_begins_above_the_high_mark() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, inf
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from agent.errors import Reason
@@ -34,11 +34,18 @@ NOW = 1_000_000.0
 MIN_AGE = 600.0
 LARGEST = 200
 
-many = settings(max_examples=int(os.environ.get("PLAN_EXAMPLES", "200")), deadline=None)
-"""For the properties. The mutation script asks for fewer or more."""
+_EXAMPLES = os.environ.get("PLAN_EXAMPLES")
+
+many = settings(
+    max_examples=int(_EXAMPLES or "150"),
+    deadline=None,
+    # The mutation script sets it, and wants to know whether a test fails, not how simply.
+    phases=[phase for phase in Phase if not (_EXAMPLES and phase is Phase.shrink)],
+)
+"""For the properties."""
 
 _SIZES = st.sampled_from((10, 20, 30, 40, 5, 10, 20, 1, 0, LARGEST))
-_AGES = st.sampled_from((9e4, 9e4, 9e4, MIN_AGE, MIN_AGE + 1, MIN_AGE - 1, 0.0))
+_AGES = st.sampled_from((9e4, 8e4, 7e4, MIN_AGE, MIN_AGE + 1, MIN_AGE - 1, 0.0))
 _ATTEMPTS = st.sampled_from((-100.0, 0.0, 1.0, 60.0, inf))
 _SPARE = st.sampled_from((*range(-15, 40, 3), 1000))
 _ROLES = st.sampled_from(
@@ -111,7 +118,7 @@ class _Draft:
             self.jobs[ref.key] = Job(key=ref.key, stage=Stage.VERIFYING, total=size, done=size)
 
     def _begin(self, ref: ModelRef, size: int) -> None:
-        done = self.draw(st.sampled_from((0, 0, size // 2, size)))
+        done = self.draw(st.sampled_from((0, size // 2, size // 2, size)))
         self.ingests[ref.key] = Ingest(ref=ref, revision="r", total=size, done=done)
 
     def _run(self, ref: ModelRef, size: int) -> None:

@@ -1,4 +1,4 @@
-"""One file through the engine, with everything it told on the way: what the transfer tests share."""
+"""One file through the engine, with all it told on the way: what the transfer tests share."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Download:
     promised: Digest | None
     headers: Mapping[str, str] = field(default_factory=dict)
     react: Callable[[AgentError], None] = lambda error: None
+    where: Callable[[], Locator] | None = None
     located: int = 0
     done: int = 0
     received: int = 0
@@ -94,6 +95,8 @@ class Download:
 
     async def _locate(self) -> Locator:
         self.located += 1
+        if self.where is not None:
+            return self.where()
         return HttpLocator(url=self.url, headers=self.headers)
 
     def _on_bytes(self, done: int, received: int) -> None:

@@ -5,6 +5,7 @@ nothing; a model that was on offer is on offer or waits to be proven again; and 
 that no list speaks of.
 """
 
+import errno
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from shutil import rmtree
 import pytest
 
 from agent import layout
+from agent.errors import AgentError, Reason
 from agent.files import Files
 from agent.store import Store
 from tests.edges.volume import (
@@ -162,6 +164,7 @@ class Case:
     keeps: dict[str, bytes] = field(default_factory=dict)
     offers: bool | None = None  # after recovery: on offer for sure, or surely not
     damaged: bool = False  # by somebody else, and not by the death
+    again: Callable[[Store], object] | None = None  # how a try that failed is repeated
 
 
 def _retire(store: Store) -> None:
@@ -174,6 +177,7 @@ def _think_again(store: Store) -> None:
     store.cancel_retire(KEY)
 
 
+SPOILED = (damaged, damaged_beside_a_newer_ingest, emptied, unreadable, unreadable_beside_an_ingest)
 ALL = dict(CONTENTS)
 WITHOUT_CONFIG = {path: data for path, data in ALL.items() if path != "config.json"}
 LISTING, NEW_LISTING = listing(), listing(NEWER, revision="r2")
@@ -184,9 +188,7 @@ CASES = {
     "begin again": Case(prepare=half_way, act=lambda s: s.begin(LISTING), keeps=KEPT),
     "begin a newer one": Case(prepare=half_way, act=lambda s: s.begin(NEW_LISTING), keeps=KEPT),
     "begin after a salvage": Case(prepare=salvaged, act=lambda s: s.begin(LISTING), keeps=ALL),
-    "begin after half a seal": Case(
-        prepare=half_sealed, act=lambda s: s.begin(LISTING), keeps=ALL
-    ),
+    "begin after half a seal": Case(prepare=half_sealed, act=lambda s: s.begin(LISTING), keeps=ALL),
     "begin on an emptied one": Case(prepare=emptied, act=lambda s: s.begin(LISTING), offers=False),
     "begin beside the sealed": Case(
         prepare=on_offer_already, act=lambda s: s.begin(NEW_LISTING), keeps=ALL, offers=True
@@ -195,9 +197,17 @@ CASES = {
     "abandon": Case(prepare=half_way, act=lambda s: s.abandon(KEY), offers=False),
     "abandon half a seal": Case(prepare=half_sealed, act=lambda s: s.abandon(KEY), offers=False),
     "abandon a salvage": Case(prepare=salvaged, act=lambda s: s.abandon(KEY), offers=False),
-    "seal": Case(prepare=complete, act=lambda s: s.seal(sealed(LISTING)), keeps=ALL),
+    "seal": Case(
+        prepare=complete,
+        act=lambda s: s.seal(sealed(LISTING)),
+        keeps=ALL,
+        again=lambda s: finish(s, LISTING),
+    ),
     "seal over an empty one": Case(
-        prepare=complete_over_an_empty_directory, act=lambda s: s.seal(sealed(LISTING)), keeps=ALL
+        prepare=complete_over_an_empty_directory,
+        act=lambda s: s.seal(sealed(LISTING)),
+        keeps=ALL,
+        again=lambda s: finish(s, LISTING),
     ),
     "reopen": Case(
         prepare=damaged, act=lambda s: s.reopen(KEY), keeps=WITHOUT_CONFIG, damaged=True
@@ -315,6 +325,48 @@ def test_killed_again_while_recovering(name: str, roots: Iterator[Path]) -> None
                 break
             check(case, root)
             again += 1
+
+
+# -- a disk that fails, and nobody dies ---------------------------------------------------------
+
+
+class Failing(Mortal):
+    """One verb fails, and all after it succeed again."""
+
+    def _step(
+        self, what: str, act: Callable[[], None], torn: Callable[[], None] | None = None
+    ) -> None:
+        self.steps.append(what)
+        if len(self.steps) - 1 == self.at:
+            if self.how == "torn" and torn is not None:
+                torn()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        act()
+
+
+@pytest.mark.parametrize("how", ["before", "torn"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_full_disk_at_every_step(name: str, how: str, roots: Iterator[Path]) -> None:
+    """It is DiskFull, nothing wrong is published, and the same life may simply try again."""
+    case = CASES[name]
+    for at in range(steps(case, roots)):
+        root = next(roots)
+        case.prepare(root)
+        store = Store(root, Failing(at, how))
+        reason = None
+        try:
+            case.act(store)
+        except AgentError as error:
+            reason = error.reason
+        if case.prepare not in SPOILED and name != "open":
+            check_offers(root)
+        if reason is None:  # what comes after a seal may fail unheard
+            assert on_offer(root) == [KEY]
+        else:
+            assert reason is Reason.DISK_FULL
+            (case.again or case.act)(store)
+        store.close()
+        check(case, root)
 
 
 # -- a power cut --------------------------------------------------------------------------------

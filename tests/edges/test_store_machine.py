@@ -112,13 +112,16 @@ class Volume(RuleBasedStateMachine):
 
     def _unless_foreign(self, key: CacheKey, fate: Fate, act: Callable[[Store], object]) -> None:
         """It is refused if something is in the way, and only then."""
+        done, refusal = False, None
         try:
             done = self._do(fate, act)
         except AgentError as error:
-            assert error.reason is Reason.FOREIGN_DIRECTORY
-            assert key in self.foreign
-        else:
+            refusal = error.reason
+        if refusal is None:
             assert not (done and key in self.foreign)
+        else:
+            assert refusal is Reason.FOREIGN_DIRECTORY
+            assert key in self.foreign
 
     def _free(self, key: CacheKey) -> bool:
         return key not in on_offer(self.root)
@@ -293,6 +296,4 @@ Volume.TestCase.settings = settings(
 )
 
 
-@pytest.mark.slow
-class TestVolume(Volume.TestCase):
-    """Run by pytest under this name."""
+TestVolume = pytest.mark.slow(Volume.TestCase)

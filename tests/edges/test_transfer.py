@@ -134,6 +134,19 @@ async def test_a_trickle_is_a_stall(hub: Hub, engine: Engine, tmp_path: Path) ->
     assert SIZE < download.received < SIZE + 10
 
 
+async def test_what_comes_with_the_headers_is_kept(engine: Engine, tmp_path: Path) -> None:
+    # In one segment: the reader of the headers has it in its buffer, and waits for more.
+    begin = reply(200, DATA[:5], {"Content-Length": str(SIZE)})
+    rest = reply(206, DATA[5:], {"Content-Range": f"bytes 5-{SIZE - 1}/{SIZE}"})
+    answers = iter([begin, rest])
+    with Wire(lambda head: next(answers)) as wire:
+        download = Download.of(wire.url("/x"), tmp_path / "partial", DATA)
+        await download.run(engine)
+        assert b"Range: bytes=5-\r\n" in wire.heads[1]
+    assert download.reasons == [Reason.STALLED]
+    assert download.received == SIZE
+
+
 async def test_a_slow_line_is_none(hub: Hub, engine: Engine, tmp_path: Path) -> None:
     download = _download(hub, tmp_path, "model.bin")
     hub.fault("*.bin", Slow(bytes_per_second=SIZE))  # three stall periods
@@ -144,7 +157,7 @@ async def test_a_slow_line_is_none(hub: Hub, engine: Engine, tmp_path: Path) -> 
 async def test_every_way_at_once(hub: Hub, engine: Engine, tmp_path: Path) -> None:
     """Transient failures do not use up the second try that wrong bytes have."""
     download = _download(hub, tmp_path, "model.bin")
-    passing = [Truncate(CUT), Status(503), Stall(1000), Corrupt(SIZE - 1), Reset(0)]
+    passing: list[Fault] = [Truncate(CUT), Status(503), Stall(1000), Corrupt(SIZE - 1), Reset(0)]
     for fault in passing:
         hub.fault("*.bin", fault, times=1)
     await download.run(engine)

@@ -7,9 +7,11 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
+
+import pytest
 
 from agent import layout, manifest
 from agent.files import Files
@@ -282,6 +284,39 @@ def in_child(
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+UNSHARE = ("unshare", "--mount", "--propagation", "private")
+
+_mount = subprocess.run(
+    [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
+)
+needs_mounts = pytest.mark.skipif(
+    _mount.returncode != 0,
+    reason="NEEDS ROOT: no file system can be mounted here; FULL DISKS ARE NOT TESTED for real",
+)
+
+
+@contextmanager
+def mounted(options: str) -> Iterator[Path]:
+    """A file system in memory, in the mount namespace of this process: a child under UNSHARE."""
+    with TemporaryDirectory() as name:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", name], check=True)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "--lazy", name], check=True)
+
+
+def fill(root: Path) -> Path:
+    """Use the last byte; the file to remove to have space again."""
+    filler = root / "filler"
+    with filler.open("ab", buffering=0) as file:
+        for size in (64 * 1024, 4096, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    return filler
 
 
 def key_of(uri: str = URI) -> CacheKey:

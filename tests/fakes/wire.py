@@ -111,7 +111,7 @@ class _Server:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             data = sock.recv(1)
-            if not data:
+            if not data or not (head + data)[:1].isalpha():  # the client left, or speaks TLS
                 return None
             head += data
         with self._lock:
