@@ -99,8 +99,9 @@ async def _opened_index(state: Path, store: Store) -> AsyncIterator[Index]:
 def _make_private(state: Path) -> None:
     with disk_errors(f"make the state directory {state}"):
         state.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in state.iterdir()}
-        if names and not names & {layout.INDEX, layout.SOCKET, layout.STATUS}:
+        names = [path.name for path in state.iterdir()]
+        ours = (layout.INDEX, layout.SOCKET, layout.STATUS)
+        if names and not any(name.startswith(ours) for name in names):
             # `--state /tmp` must not close /tmp to everybody else.
             raise AgentError(
                 Reason.INVALID_SPEC,

@@ -250,6 +250,7 @@ class Reconciler:
         found_attempts = await self._index.attempts()
         # A restart is a reason to try what would otherwise never be tried again.
         known.attempts = {k: a for k, a in found_attempts.items() if a.retry_at != inf}
+        self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
         for key, found, used in await asyncio.to_thread(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
         for key, used in (await self._index.last_uses()).items():
@@ -312,7 +313,8 @@ class Reconciler:
         decided = plan(self._wants(), await self._observe(), self._volume(), now=self._clock())
         self._known.blocked = decided.blocked
         for action in decided.actions:
-            await self._apply(action)
+            if not await self._apply(action):
+                break  # what follows may count on room that it did not make
         self._answer_pulls()
         self._publish()
         return decided
@@ -362,7 +364,8 @@ class Reconciler:
 
     # -- acting -------------------------------------------------------------------------------
 
-    async def _apply(self, action: Action) -> None:
+    async def _apply(self, action: Action) -> bool:
+        """Carry one action out; False if the facts have changed so that it could not be."""
         match action:
             case Resolve(key):
                 tally = Tally(self._wants()[key], stage=Stage.RESOLVING)
@@ -380,7 +383,8 @@ class Reconciler:
             case Withdraw(key):
                 await self._withdraw(key)
             case Evict(key, size):
-                await self._evict(key, size)
+                return await self._evict(key, size)
+        return True
 
     def _run_job(self, tally: Tally, work: Coroutine[Any, Any, Manifest | None]) -> None:
         key = tally.want.key
@@ -407,14 +411,14 @@ class Reconciler:
         self._known.mending[key] = Want(ref=found.ref, expect_fingerprint=found.fingerprint)
         self.wake()
 
-    async def _evict(self, key: CacheKey, size: int) -> None:
-        """Design D3: off offer, look once more who uses it, then away."""
+    async def _evict(self, key: CacheKey, size: int) -> bool:
+        """Design D3: off offer, look once more who uses it, then away. False: somebody came."""
         await asyncio.to_thread(self._store.begin_retire, key)
         used = await self._in_use()
         if used is None or key in used:
             await asyncio.to_thread(self._store.cancel_retire, key)
             self.wake()
-            return
+            return False
         await asyncio.to_thread(self._store.finish_retire, key)
         self._known.sealed.pop(key)
         await self._index.record_gone(key)
@@ -422,6 +426,7 @@ class Reconciler:
         self._metrics.evicted_bytes.inc(size)
         self._reclaiming += size
         self._trash.set()
+        return True
 
     async def _sweep(self) -> None:
         """The one worker that unlinks; its bytes count as reclaimed until it is done."""

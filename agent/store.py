@@ -6,31 +6,24 @@ is an index, or what time it is. Every method is synchronous and meant for a wor
 owner a volume, held by `lock`.
 """
 
-import fcntl
-import json
 import os
-import secrets
-import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
-from agent import layout, manifest
+from agent import layout, lock, manifest, pinned, trees
 from agent.errors import AgentError, Reason
 from agent.files import Files, disk_errors
 from agent.manifest import Manifest
 from agent.model import (
     CacheKey,
-    Digest,
     Entry,
     Ingest,
     Listing,
-    ModelRef,
     RemoteFile,
 )
 from agent.recover import Fix, Found, recover
+from agent.trash import Trash
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
 
@@ -42,7 +35,7 @@ class Store:
         self.root = root
         self._files = files or Files()
         self._lock: int | None = None
-        self._sweeping = threading.Lock()
+        self._trash = Trash(root / layout.TRASH, self._files)
 
     # -- the volume ---------------------------------------------------------------------------
 
@@ -57,7 +50,7 @@ class Store:
                 self.root.parent.mkdir(parents=True, exist_ok=True)
                 self._files.make_directory(self.root, layout.DIRECTORY_MODE)
             self._files.make_directory(self.root / layout.HIDDEN, layout.DIRECTORY_MODE)
-            self._take_lock()
+            self._lock = lock.take(self.root / layout.LOCK)
             try:
                 self._make_directories()
             except BaseException:
@@ -82,23 +75,6 @@ class Store:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
-        path = self.root / layout.LOCK
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise AgentError(
-                Reason.LOCKED,
-                f"another agent (process {holder or 'unknown'}) already manages {self.root}",
-            ) from None
-        self._lock = descriptor
-        with suppress(OSError):  # the number is a courtesy; on a full disk we must start to evict
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-
     # -- looking ------------------------------------------------------------------------------
 
     def model(self, key: CacheKey) -> Path:
@@ -116,11 +92,11 @@ class Store:
         May run beside everything else: the manifest is read first and the directory looked at
         second, the reverse of how `seal` makes them and the order in which a retire takes them.
         """
-        for name in _names(self.root / layout.MANIFESTS):
+        for name in trees.names(self.root / layout.MANIFESTS):
             if layout.is_key(name):
                 key = CacheKey(name)
                 found = self._note(layout.manifest(key), key)
-                if found is not None and _is_directory(self.model(key)):
+                if found is not None and trees.is_directory(self.model(key)):
                     yield key, *found
 
     def _note(self, path: str, key: CacheKey) -> tuple[Manifest, float] | None:
@@ -137,12 +113,12 @@ class Store:
         A look at the names only, cheap enough for every minute; wrong bytes of the right size are
         found by hashing.
         """
-        return _not_whole(self.model(key), found)
+        return trees.not_whole(self.model(key), found)
 
     def ingests(self) -> dict[CacheKey, Ingest]:
         """What was begun and is not sealed, with how much of it is there."""
         result = {}
-        for name in _names(self.root / layout.INGEST):
+        for name in trees.names(self.root / layout.INGEST):
             if layout.is_key(name) and (listing := self.listing(CacheKey(name))) is not None:
                 result[listing.key] = Ingest(
                     ref=listing.ref,
@@ -158,11 +134,13 @@ class Store:
         `begin` takes them over, to be re-hashed; `abandon` gives them up. Only the caller knows
         whether a pod still reads them.
         """
-        keys = (CacheKey(name) for name in _names(self.root / layout.INGEST) if layout.is_key(name))
+        keys = (
+            CacheKey(name) for name in trees.names(self.root / layout.INGEST) if layout.is_key(name)
+        )
         return [key for key in keys if self._is_salvage(key)]
 
     def _is_salvage(self, key: CacheKey) -> bool:
-        return self.listing(key) is None and any(_files_below(self.tree(key)))
+        return self.listing(key) is None and any(trees.files_below(self.tree(key)))
 
     def _written(self, key: CacheKey, file: RemoteFile) -> int:
         for path in (self.tree(key) / file.path, self.partial(key) / file.path):
@@ -175,7 +153,7 @@ class Store:
     def listing(self, key: CacheKey) -> Listing | None:
         """The pinned listing of an ingest; None if there is none, or none that can be read."""
         try:
-            listing = _listing_from_json((self._ingest(key) / layout.LISTING).read_bytes())
+            listing = pinned.parse((self._ingest(key) / layout.LISTING).read_bytes())
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return listing if listing.key == key else None
@@ -206,12 +184,12 @@ class Store:
             self._settle(key)
             _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
             previous = self.listing(key)
-            kept = _worth_keeping(previous, listing)
+            kept = pinned.worth_keeping(previous, listing)
             self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
             for top in (self.tree(key), self.partial(key)):
                 self._keep_only(top, kept)
                 self._files.make_directory(top, layout.DIRECTORY_MODE)
-                for directory in _directories(file.path for file in listing.files):
+                for directory in trees.parents(file.path for file in listing.files):
                     self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
             # The listing comes last: with it, the tree beside it is the one being built.
             if previous != listing:
@@ -230,16 +208,16 @@ class Store:
     def _pin(self, listing: Listing) -> None:
         ingest = self._ingest(listing.key)
         self._files.make_directory(ingest, layout.PRIVATE_MODE)
-        data = json.dumps(asdict(listing), indent=1).encode()
+        data = pinned.render(listing)
         self._files.replace_file(ingest / layout.LISTING, data, 0o600)
         self._files.sync_directory(self.root / layout.INGEST)
 
     def _keep_only(self, top: Path, kept: set[str]) -> None:
         """Unlink what is not named, whatever it is, and the directories that hold nothing then."""
-        for path in list(_files_below(top)):
+        for path in list(trees.files_below(top)):
             if str(path.relative_to(top)) not in kept:
                 self._files.unlink(path)
-        for directory in _tree_directories(top):
+        for directory in trees.directories_below(top):
             if directory != top and not any(directory.iterdir()):
                 self._files.remove_directory(directory)
 
@@ -274,16 +252,15 @@ class Store:
         tree, target = self.tree(key), self.model(key)
         with disk_errors(f"seal {sealed.ref.uri}"):
             self._make_exact(tree, sealed)
-            _refuse_foreign(target)
             self._note_sealing(sealed)
-            for directory in _tree_directories(tree):
+            for directory in trees.directories_below(tree):
                 self._files.sync_directory(directory)
             self._files.sync_directory(self.root / layout.MANIFESTS)
             try:
                 self._files.rename(tree, target)  # also over an empty one that kubelet made
             except OSError:
-                # Never leave the note beside a directory that appeared since we looked: without the
-                # ingest, it would say that the directory is ours.
+                # Never leave the note beside a directory that is not ours: without the ingest, it
+                # would say that it is.
                 self._files.unlink(self.root / layout.sealing(key))
                 _refuse_foreign(target)
                 raise
@@ -311,14 +288,14 @@ class Store:
         umask's.
         """
         self._keep_only(tree, {file.path for file in sealed.files})
-        if wrong := _not_whole(tree, sealed):
+        if wrong := trees.not_whole(tree, sealed):
             raise AgentError(
                 Reason.DISK_ERROR,
                 f"{wrong[0]} of {sealed.ref.uri} changed on the disk after it was proven",
             )
         for file in sealed.files:
             self._files.set_mode(tree / file.path, layout.FILE_MODE)
-        for directory in _tree_directories(tree):
+        for directory in trees.directories_below(tree):
             self._files.set_mode(directory, layout.DIRECTORY_MODE)
 
     def _note_sealing(self, sealed: Manifest) -> None:
@@ -343,7 +320,7 @@ class Store:
                     raise AgentError(Reason.CONFLICT, f"{key} has no manifest to be mended by")
                 self._pin(found[0].listing())
             self._drop_note(layout.manifest(key))
-            if _is_directory(self.model(key)):
+            if trees.is_directory(self.model(key)):
                 self._files.rename(self.model(key), self.tree(key))
                 self._files.sync_directory(self.root / layout.MODELS)
             else:  # somebody removed it, or put something else in its place: all is to be fetched
@@ -371,7 +348,7 @@ class Store:
         with disk_errors(f"retire {key}"):
             ours = (self.root / layout.retiring(key)).exists()
             if ours and os.path.lexists(self.model(key)):  # not by way of a symlink
-                self._files.rename(self.model(key), self._in_trash(key))
+                self._trash.take(self.model(key), key)
             self._files.sync_directory(self.root / layout.MODELS)
             self._files.sync_directory(self.root / layout.TRASH)
             self._drop_note(layout.retiring(key))
@@ -385,32 +362,12 @@ class Store:
         self._files.sync_directory(self.root / layout.MANIFESTS)
 
     def sweep(self) -> int:
-        """Unlink what is in the trash, one tree after the other; how many trees went.
-
-        One worker does this: sequential unlinking beats parallel on ext4 and XFS, and must not
-        compete with downloads. A tree that cannot be unlinked does not keep the others; the first
-        failure is raised at the end.
-        """
-        count, failure = 0, None
-        with self._sweeping:
-            for name in _names(self.root / layout.TRASH):
-                try:
-                    with disk_errors(f"unlink the retired {name}"):
-                        self._files.remove_tree(self.root / layout.TRASH / name)
-                    count += 1
-                except AgentError as error:
-                    failure = failure or error
-        if failure is not None:
-            raise failure
-        return count
-
-    def _in_trash(self, key: CacheKey) -> Path:
-        return self.root / layout.TRASH / f"{key}.{secrets.token_hex(4)}"
+        """Give back the bytes of what was retired; how many trees went."""
+        return self._trash.sweep()
 
     def _drop_ingest(self, key: CacheKey) -> None:
-        """By rename, so that a crash leaves a whole ingest or none."""
         if self._ingest(key).exists():
-            self._files.rename(self._ingest(key), self._in_trash(key))
+            self._trash.take(self._ingest(key), key)
 
     # -- notes for others ---------------------------------------------------------------------
 
@@ -451,7 +408,7 @@ class Store:
                 known = notes.get(key, set())
                 if self._repair(key, self._found_of(key, known), known):
                     foreign.append(key)
-            for name in _names(self.root / layout.PROGRESS):
+            for name in trees.names(self.root / layout.PROGRESS):
                 self._files.unlink(self.root / layout.PROGRESS / name)
         return foreign
 
@@ -463,18 +420,18 @@ class Store:
                 self._fix(key, fix)
         if "sealing" in notes and not found.sealing:
             self._drop_note(layout.sealing(key))  # cut off while it was written: it says nothing
-        return Fix.REPORT_FOREIGN in fixes or _is_odd(self.model(key))
+        return Fix.REPORT_FOREIGN in fixes or trees.is_odd(self.model(key))
 
     def _notes(self) -> dict[CacheKey, set[str]]:
         """By key, which of "manifest", "sealing", "retiring" are there."""
         notes: dict[CacheKey, set[str]] = {}
-        for name in _names(self.root / layout.MANIFESTS):
+        for name in trees.names(self.root / layout.MANIFESTS):
             if (known := layout.key_of_manifest(name)) is not None:
                 notes.setdefault(known[0], set()).add(known[1])
         return notes
 
     def _keys(self, notes: Iterable[CacheKey]) -> list[CacheKey]:
-        names = {*_names(self.root / layout.MODELS), *_names(self.root / layout.INGEST)}
+        names = {*trees.names(self.root / layout.MODELS), *trees.names(self.root / layout.INGEST)}
         return sorted({CacheKey(name) for name in names if layout.is_key(name)} | set(notes))
 
     def _found_of(self, key: CacheKey, notes: set[str]) -> Found:
@@ -484,7 +441,7 @@ class Store:
             "retiring": layout.retiring(key),
         }
         good = {note for note in notes if self._note(paths[note], key) is not None}
-        directory = _is_directory(self.model(key)) and bool(_names(self.model(key)))
+        directory = trees.is_directory(self.model(key)) and bool(trees.names(self.model(key)))
         # A salvage waits for somebody to ask for it, and a pod may be reading it: no debris.
         offered = notes & _OFFERED
         waits = self._is_salvage(key) and not (directory and offered)
@@ -523,47 +480,10 @@ class Store:
         self._files.sync_directory(self.root / layout.MANIFESTS)
 
 
-def _names(path: Path) -> list[str]:
-    with disk_errors(f"list {path}"), suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(entry.name for entry in path.iterdir())
-    return []
-
-
-def _is_directory(path: Path) -> bool:
-    """Of its own, not by way of a symlink: that could lead anywhere."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def _is_odd(path: Path) -> bool:
-    """Something where a model's directory would be that is no directory."""
-    return path.is_symlink() or (path.exists() and not path.is_dir())
-
-
 def _refuse_foreign(target: Path, *, beside_ours: bool = False) -> None:
     """Raise ForeignDirectory for anything but nothing, or an empty directory."""
-    if _is_odd(target) or (_names(target) and not beside_ours):
+    if trees.is_odd(target) or (trees.names(target) and not beside_ours):
         raise AgentError(Reason.FOREIGN_DIRECTORY, f"{target} exists and is not ours")
-
-
-def _not_whole(root: Path, found: Manifest) -> list[str]:
-    """The paths that are not regular files of their sizes in real directories."""
-    real = {""} if _is_directory(root) else set()
-    for directory in _directories(file.path for file in found.files):
-        if directory.rpartition("/")[0] in real and _is_directory(root / directory):
-            real.add(directory)
-    return [
-        file.path
-        for file in found.files
-        if file.path.rpartition("/")[0] not in real or not _is_file(root / file.path, file.size)
-    ]
-
-
-def _is_file(path: Path, size: int) -> bool:
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, float] | None:
@@ -573,75 +493,3 @@ def _read_manifest(path: Path) -> tuple[Manifest, float] | None:
             return manifest.parse(file.read()), os.fstat(file.fileno()).st_mtime
     except (OSError, UnicodeDecodeError, AgentError):
         return None
-
-
-def _directories(paths: Iterable[str]) -> list[str]:
-    """Every directory of these paths, parents first."""
-    found: set[str] = set()
-    for path in paths:
-        parts = path.split("/")
-        found.update("/".join(parts[:n]) for n in range(1, len(parts)))
-    return sorted(found)
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    """Everything below that is no directory of its own. Follows no symlink, not even the root."""
-    if not _is_directory(root):
-        return
-    for directory, directories, names in os.walk(root):
-        for name in names:
-            yield Path(directory, name)
-        for name in directories:  # os.walk calls a symlink to a directory a directory
-            if Path(directory, name).is_symlink():
-                yield Path(directory, name)
-
-
-def _tree_directories(root: Path) -> list[Path]:
-    """The root and every directory below it, children first. Follows no symlink, as above."""
-    if not _is_directory(root):
-        return []
-    return [Path(directory) for directory, _, _ in os.walk(root, topdown=False)]
-
-
-def _worth_keeping(previous: Listing | None, listing: Listing) -> set[str]:
-    """The paths whose bytes, found in an ingest, may be those that the listing promises.
-
-    Of the same listing: all. Of another: those a hash can decide on, and that are not known to have
-    changed. The origin may differ: a repair has none.
-    """
-    if previous == listing:
-        return {file.path for file in listing.files}
-    before = {file.path: file for file in previous.files} if previous is not None else {}
-    return {
-        file.path
-        for file in listing.files
-        if file.digest is not None and not _changed(before.get(file.path), file)
-    }
-
-
-def _changed(before: RemoteFile | None, file: RemoteFile) -> bool:
-    if before is None:
-        return False
-    if before.size != file.size:
-        return True
-    old, new = before.digest, file.digest
-    return old is not None and new is not None and old.algorithm == new.algorithm and old != new
-
-
-def _listing_from_json(data: bytes) -> Listing:
-    raw = json.loads(data)
-    ref = raw["ref"]
-    return Listing(
-        ref=ModelRef(uri=ref["uri"], include=tuple(ref["include"]), exclude=tuple(ref["exclude"])),
-        revision=raw["revision"],
-        files=tuple(
-            RemoteFile(
-                path=file["path"],
-                size=file["size"],
-                origin=file["origin"],
-                digest=None if file["digest"] is None else Digest(**file["digest"]),
-                version=file["version"],
-            )
-            for file in raw["files"]
-        ),
-    )

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,9 +293,9 @@ class Machine:
             return set()
         return {CacheKey(path.name) for path in manifests.iterdir() if layout.is_key(path.name)}
 
-    def check_offers(self) -> None:
+    def check_offers(self, keys: Iterable[CacheKey] | None = None) -> None:
         """Every model on offer is, byte for byte, what its manifest says; coreutils is judge."""
-        for key in self.sealed():
+        for key in self.sealed() if keys is None else self.sealed().intersection(keys):
             checked = subprocess.run(
                 ["sha256sum", "--check", "--quiet", "--strict", self.root / layout.manifest(key)],
                 cwd=self.root / layout.model(key),

@@ -477,14 +477,16 @@ def test_a_job_that_has_not_said_its_size_yet_reserves_what_its_ingest_lacks() -
 
 
 def test_a_cancelled_job_gives_back_its_slots_and_its_room_at_once() -> None:
-    decided = _plan(
-        wants={"new": 0},
-        free=50,
-        ingests=(_ingest("old", 40), _ingest("new", 40)),
-        jobs=(_job("old", Stage.FETCHING, 40), _job("older", Stage.RESOLVING)),
-    )
-    cancels = sorted((_ref("old").key, _ref("older").key))
-    assert decided.actions == (*map(Cancel, cancels), Fetch(_ref("new").key, 40))
+    old, older = _job("old", Stage.FETCHING, 40), _job("older", Stage.RESOLVING)
+    for jobs in ((old, older), (older, old)):
+        decided = _plan(
+            wants={"new": 0},
+            free=50,
+            ingests=(_ingest("old", 40), _ingest("new", 40)),
+            jobs=jobs,
+        )
+        cancels = sorted((old.key, older.key))
+        assert decided.actions == (*map(Cancel, cancels), Fetch(_ref("new").key, 40))
 
 
 def test_a_cancelled_key_is_not_evicted_in_the_same_breath() -> None:
@@ -501,12 +503,16 @@ def test_the_room_that_draining_made_is_used_without_another_eviction() -> None:
 
 
 def test_the_last_use_counts_before_the_age_and_the_age_before_the_name() -> None:
-    idle = _entry("idle", 20, last_used=1.0, sealed_at=9.0)
-    old, new = (_entry(str(age), 20, last_used=2.0, sealed_at=age) for age in (3.0, 4.0))
-    alike = sorted((_entry(name, 20, last_used=3.0) for name in "ab"), key=lambda e: e.key)
-    for entries in ((*alike, new, old, idle), (idle, old, new, *reversed(alike))):
+    """Names, ages and uses each would give another order."""
+    names = sorted("abcde", key=lambda name: _ref(name).key)
+    facts = ((4, 1.0, 9.0), (3, 2.0, 3.0), (2, 2.0, 4.0), (0, 3.0, 0.0), (1, 3.0, 0.0))
+    expected = [
+        _entry(names[number], 20, last_used=used, sealed_at=sealed)
+        for number, used, sealed in facts
+    ]
+    for entries in (tuple(expected), tuple(reversed(expected))):
         decided = _plan(wants={"all": 0}, free=0, entries=entries, ingests=(_ingest("all", 90),))
-        assert _keys(decided, Evict) == [entry.key for entry in (idle, old, new, *alike)]
+        assert _keys(decided, Evict) == [entry.key for entry in expected]
 
 
 def test_an_empty_model_is_not_evicted_to_make_room() -> None:

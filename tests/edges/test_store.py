@@ -214,6 +214,10 @@ def test_modes_that_somebody_opened_are_closed_again(offered: Store, root: Path)
     offered.reopen(KEY)
     finish(offered, listing())
     check_offers(root)
+    offered.reopen(KEY)
+    (offered.tree(KEY) / "weights").chmod(0o2775)  # a pod that mounts it may start at any time
+    offered.seal(sealed(listing()))
+    check_offers(root)
     offered.close()
     offered.open()
     assert mode_of(root / layout.INGEST) == 0o700
@@ -296,6 +300,15 @@ def test_a_file_may_become_a_directory_and_the_reverse(store: Store) -> None:
         bring(store, KEY, contents)
     finish(store, pinned, first)
     assert holds(store.model(KEY), first)
+
+
+def test_what_turned_out_wrong_is_discarded(store: Store) -> None:
+    store.begin(listing())
+    bring(store, KEY, {"config.json": b"[]"})
+    store.discard(KEY, "config.json")
+    store.discard(KEY, "config.json")  # nothing there is what was wanted
+    assert _names(store.tree(KEY)) == []
+    assert store.ingests()[KEY].done == 0
 
 
 def test_begin_clears_what_nobody_listed(store: Store, tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ CASES = {
         keeps=WITHOUT_CONFIG,
         damaged=True,
     ),
+    "reopen a whole one": Case(  # its bytes are wrong, perhaps, and its names are not
+        prepare=on_offer_already, act=lambda s: s.reopen(KEY), keeps=ALL
+    ),
     "reopen an emptied one": Case(prepare=emptied, act=lambda s: s.reopen(KEY), offers=False),
     "begin to retire": Case(
         prepare=on_offer_already, act=lambda s: s.begin_retire(KEY), keeps=ALL, offers=True
@@ -271,6 +274,8 @@ def begin_a_new_life(root: Path, *, damaged: bool = False) -> Store:
 
 
 def check(case: Case, root: Path) -> None:
+    if case.prepare not in SPOILED and case.act is not Store.open:
+        check_offers(root)  # pods read the manifests while no agent runs
     store = begin_a_new_life(root, damaged=case.damaged)
     if case.offers is not None:
         assert (KEY in on_offer(root)) is case.offers
@@ -380,7 +385,7 @@ class Platter(Files):
     Files and directories are inodes. A rename or an unlink is one operation, and pending until one
     of the directories it touches is fsynced; a cut keeps any of the pending ones, in an order that
     respects the names. So the disk is meaner than ext4 and XFS, which keep a prefix. Bytes are
-    always fsynced by their writer here: `settle` stands for the transfer engine.
+    always fsynced by their writer here: `settle` and `remember` stand for the transfer engine.
     """
 
     def __init__(self, root: Path) -> None:
@@ -398,9 +403,9 @@ class Platter(Files):
                 names = {child.name: child.lstat().st_ino for child in path.iterdir()}
                 self._directories[path.lstat().st_ino] = names
             else:
-                self._remember(path)
+                self.remember(path)
 
-    def _remember(self, path: Path) -> None:
+    def remember(self, path: Path) -> None:
         found = path.lstat()
         self._contents[found.st_ino] = (path.read_bytes(), found.st_mode & 0o777)
 
@@ -416,8 +421,13 @@ class Platter(Files):
 
     def write(self, path: Path, data: bytes, mode: int) -> None:
         super().write(path, data, mode)
-        self._remember(path)
+        self.remember(path)
         self._pending.append([(*self._name(path), path.lstat().st_ino)])
+
+    def set_mode(self, path: Path, mode: int) -> None:
+        super().set_mode(path, mode)
+        if path.is_file():
+            self.remember(path)
 
     def rename(self, source: Path, target: Path) -> None:
         edits: list[Edit] = [
@@ -507,3 +517,25 @@ def test_a_seal_survives_a_power_cut_the_moment_it_is_done(roots: Iterator[Path]
         disk.cut(found, random.Random(seed))
         begin_a_new_life(found).close()
         assert on_offer(found) == [KEY]
+
+
+def test_so_does_the_first_model_of_a_new_disk(roots: Iterator[Path]) -> None:
+    """Were the directory of the manifests lost, the model would be taken for somebody else's."""
+    for seed in range(20):
+        root, found = next(roots), next(roots)
+        root.mkdir()
+        disk = Platter(root)
+        store = Store(root, disk)
+        store.open()
+        store.begin(LISTING)
+        for path, data in CONTENTS.items():
+            write(store.partial(KEY) / path, data)
+            disk.remember(store.partial(KEY) / path)
+            store.promote(KEY, path)
+        store.seal(sealed(LISTING))
+        store.close()
+        disk.cut(found, random.Random(seed))
+        begin_a_new_life(found).close()
+        assert on_offer(found) == [KEY]
+        rmtree(root)
+        rmtree(found)

