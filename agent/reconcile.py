@@ -310,10 +310,13 @@ class Reconciler:
     async def _turn(self) -> Plan:
         await self._settle_jobs()
         await self._look_at_all()
-        decided = plan(self._wants(), await self._observe(), self._volume(), now=self._clock())
+        actual = await self._observe()
+        # As they are now: by the time an action is carried out, somebody may have gone.
+        wants = self._wants()
+        decided = plan(wants, actual, self._volume(), now=self._clock())
         self._known.blocked = decided.blocked
         for action in decided.actions:
-            if not await self._apply(action):
+            if not await self._apply(action, wants):
                 break  # what follows may count on room that it did not make
         self._answer_pulls()
         self._publish()
@@ -364,22 +367,22 @@ class Reconciler:
 
     # -- acting -------------------------------------------------------------------------------
 
-    async def _apply(self, action: Action) -> bool:
+    async def _apply(self, action: Action, wants: Mapping[CacheKey, Want]) -> bool:
         """Carry one action out; False if the facts have changed so that it could not be."""
         match action:
             case Resolve(key):
-                tally = Tally(self._wants()[key], stage=Stage.RESOLVING)
+                tally = Tally(wants[key], stage=Stage.RESOLVING)
                 self._run_job(tally, self._fetcher.resolve(tally.want))
             case Fetch(key):
                 ingest = self._known.ingests[key]
                 stage = Stage.VERIFYING if ingest.done else Stage.FETCHING
-                tally = Tally(self._wants()[key], stage=stage, total=ingest.total)
+                tally = Tally(wants[key], stage=stage, total=ingest.total)
                 self._run_job(tally, self._fetcher.fetch(tally))
             case Cancel(key):
-                running = self._running[key]
-                running.task.cancel()
-                await asyncio.wait([running.task])
-                await self._settle_jobs()
+                if (running := self._running.get(key)) is not None:  # else it has just ended
+                    running.task.cancel()
+                    await asyncio.wait([running.task])
+                    await self._settle_jobs()
             case Withdraw(key):
                 await self._withdraw(key)
             case Evict(key, size):

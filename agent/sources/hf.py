@@ -136,12 +136,12 @@ class HuggingFace:
         address = _parse(ref.uri)
         token = self._token()
         with (
+            _hub_errors(ref.uri, self._endpoint),
             bounded(
                 self._endpoint,
                 answer_seconds=self._answer_seconds,
                 seconds=self._listing_seconds,
             ),
-            _hub_errors(ref.uri, self._endpoint),
         ):
             api = HfApi(endpoint=self._endpoint, token=token or False)
             commit = api.model_info(address.repo, revision=address.revision).sha

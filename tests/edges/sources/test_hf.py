@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,6 @@ async def test_below(hub: Hub, tmp_path: Path, below: str, published: list[str])
 
 async def test_what_a_manifest_remembers_is_enough_to_locate(hub: Hub, tmp_path: Path) -> None:
     """A repair has a listing without the names at the source."""
-    from dataclasses import replace
-
     for below in ("", "/gguf", "/gguf/q4.gguf"):
         listing = await _list(hub, URI + below)
         bare = replace(listing, files=tuple(replace(f, origin="") for f in listing.files))
@@ -293,8 +293,9 @@ async def test_refused(hub: Hub) -> None:
     assert (await _list(hub)).files
 
 
-async def test_no_such_host() -> None:
-    error = await refusal(_source("http://localmodel.invalid"), ModelRef(uri=URI))
+@pytest.mark.parametrize("endpoint", ["http://localmodel.invalid", "http://host:port"])
+async def test_no_such_host(endpoint: str) -> None:
+    error = await refusal(_source(endpoint), ModelRef(uri=URI))
     assert error.reason is Reason.NETWORK
 
 
@@ -370,8 +371,6 @@ async def test_a_commit_that_is_none(info: object) -> None:
 
 async def test_xet_is_not_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub names it in the tree and in the headers of every file; we ask for the plain bytes."""
-    import hashlib
-
     weights = b"w" * 1000
     lfs = {"oid": hashlib.sha256(weights).hexdigest(), "size": 1000, "pointerSize": 130}
     xet = {"X-Xet-Hash": "f" * 64, "Link": '<http://127.0.0.1:1/xet>; rel="xet-auth"'}
@@ -435,12 +434,10 @@ async def test_cancelled_while_the_hub_says_nothing() -> None:
         thread.join(timeout=10)
 
 
-async def test_listings_do_not_disturb_each_other(hub: Hub) -> None:
+async def test_listings_do_not_disturb_each_other(hub: Hub, tmp_path: Path) -> None:
     """One session for all: a listing that fails must not take the others' connections with it."""
-    gone = Hub(hub_root := Path(hub._state.blobs.parent, "gone"))
-    with gone:
+    with Hub(tmp_path / "gone") as gone:
         pass
-    assert hub_root.exists()
     results = await asyncio.gather(
         *(_list(hub) for _ in range(10)),
         *(refusal(_source(gone.endpoint), ModelRef(uri=URI)) for _ in range(10)),
