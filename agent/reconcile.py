@@ -448,9 +448,11 @@ class Reconciler:
 
     async def _settle_jobs(self) -> None:
         """Learn from every job that ended."""
-        for key in [key for key, running in self._running.items() if running.task.done()]:
-            running = self._running.pop(key)
+        ended = [key for key, running in self._running.items() if running.task.done()]
+        if ended:
             self._known.ingests = await asyncio.to_thread(self._store.ingests)
+        for key in ended:
+            running = self._running.pop(key)
             if running.task.cancelled():
                 await self._note_a_late_seal(key)
                 continue
@@ -494,6 +496,7 @@ class Reconciler:
         if error.reason in _LIST_AGAIN:
             self._list_again.add(key)
         self._metrics.download_failed(scheme(want), error.reason)
+        self._publish()  # now: a pull that comes before the end of this turn forgives it
         await self._index.record_attempt(attempt)
 
     def _answer_pulls(self) -> None:

@@ -21,9 +21,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from agent import __version__, layout
 from agent.errors import AgentError, Reason
+from agent.events import Event
 from agent.metrics import Metrics
 from agent.reconcile import Reconciler
-from agent.service import Event, Service
+from agent.service import Service
 
 _STALE_SECONDS = 180.0
 """A loop that finished no turn for so long is not healthy: they come every 30 s at the latest."""

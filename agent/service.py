@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from agent.errors import RULES, AgentError, Reason
+from agent.errors import AgentError, Reason
+from agent.events import Event, error_event, select, verified_event
 from agent.fetch import Fetcher
 from agent.known import objection
 from agent.kube import parse
@@ -21,8 +22,6 @@ from agent.model import CacheKey, Entry, ModelRef, Want
 from agent.reconcile import Pull, Reconciler
 from agent.status import model_status
 from agent.store import Store
-
-Event = dict[str, Any]
 
 _PROGRESS_SECONDS = 0.2
 
@@ -145,47 +144,6 @@ class Service:
             yield {**error_event(error), "uri": found.ref.uri}
         finally:
             self._reconciler.release(pull)
-
-
-def select(sealed: Mapping[CacheKey, ModelRef], asked: Any) -> list[CacheKey]:
-    """The keys of the models that were asked for by URI, key or the beginning of a key; all for
-    None. Raises InvalidSpec for one that is not on offer."""
-    if asked is None:
-        return list(sealed)
-    return [_selected(sealed, str(name)) for name in asked]
-
-
-def is_named(name: str, key: str, uri: str) -> bool:
-    """Whether a user's word for a model means this one: its URI, or the beginning of its key."""
-    return name == uri or (len(name) >= 4 and key.startswith(name))
-
-
-def _selected(sealed: Mapping[CacheKey, ModelRef], name: str) -> CacheKey:
-    found = [key for key, ref in sealed.items() if is_named(name, key, ref.uri)]
-    if len(found) != 1:
-        problem = "is not on offer here" if not found else f"is the beginning of {len(found)} keys"
-        raise AgentError(Reason.INVALID_SPEC, f"{name[:200]!r} {problem}; see localmodel ls")
-    return found[0]
-
-
-def verified_event(found: Manifest, bad: list[str]) -> Event:
-    return {
-        "event": "verified",
-        "key": found.ref.key,
-        "uri": found.ref.uri,
-        "files": len(found.files),
-        "bytes": found.bytes,
-        "bad": bad,
-    }
-
-
-def error_event(error: AgentError) -> Event:
-    return {
-        "event": "error",
-        "reason": error.reason.value,
-        "message": error.message,
-        "advice": RULES[error.reason].advice,
-    }
 
 
 def _want(request: Mapping[str, Any]) -> Want:

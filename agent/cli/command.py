@@ -14,7 +14,7 @@ from agent import __version__
 from agent.cli import verbs
 from agent.config import Settings, add_flags, read, unify_ca_variables
 from agent.errors import AgentError
-from agent.service import error_event
+from agent.events import error_event
 
 _Verb = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
 

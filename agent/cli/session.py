@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from agent import layout
 from agent.config import Settings
 from agent.errors import AgentError, Reason
+from agent.events import Event, error_event, select, verified_event
 from agent.model import CacheKey, Ingest
-from agent.service import Event, error_event, select, verified_event
 from agent.status import Facts, model_status
 from agent.store import Store
 

@@ -11,7 +11,7 @@ from agent.cli.render import bar, error_text, size, table
 from agent.cli.session import changing, reading
 from agent.config import Settings
 from agent.errors import Reason
-from agent.service import Event, is_named
+from agent.events import Event, is_named
 from agent.store import Store
 
 _BAD_REQUEST = frozenset(

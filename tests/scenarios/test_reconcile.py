@@ -279,7 +279,7 @@ async def test_progress_lines_move_and_go(volume: Volume) -> None:
 # -- anything, in any order -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(int(__import__("os").environ.get("SEEDS","20"))))
+@pytest.mark.parametrize("seed", range(int(__import__("os").environ.get("SEEDS", "20"))))
 async def test_whatever_happens_every_change_is_a_legal_one_and_offers_are_whole(
     tmp_path: Path, seed: int
 ) -> None:
@@ -323,6 +323,8 @@ async def test_whatever_happens_every_change_is_a_legal_one_and_offers_are_whole
         used = frozenset()
         volume.want(uris[0])
         await volume.later(5000)
+        await volume.until(lambda: volume.reconciler.running(cache_key(uris[0])) is None)
+        await volume.turn()
         await asyncio.wait_for(volume.reconciler.pull(Want(ref=ModelRef(uri=uris[0]))).done, 20)
         assert volume.phase(uris[0]) is Phase.READY
         for key, found in dict(volume.reconciler.sealed()).items():

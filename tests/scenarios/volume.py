@@ -114,7 +114,7 @@ class Volume:
             await self._index.close()
             self._engine.close()
             self.store.close()
-        assert self.witness.illegal == []
+        assert not self.witness.illegal, self.witness.illegal
         assert self.metrics.illegal_transitions._value.get() == 0
 
     def want(self, *uris: str) -> None:
