@@ -54,6 +54,30 @@ class Known:
         """The entry of a model that is on offer and not known to be damaged."""
         return None if key in self.damaged else self.entry(key)
 
+    def seal(self, key: CacheKey, sealed: Manifest, now: float) -> None:
+        """A model is on offer, proven a moment ago: its failures and its damage are over."""
+        self.sealed[key], self.last_used[key] = sealed, now
+        for over in (self.damaged, self.withdrawn, self.mending, self.attempts, self.started):
+            over.pop(key, None)
+
+    def withdraw(self, key: CacheKey) -> None:
+        """A damaged model is off offer. It is to be whole again, and the same as before, whether or
+        not anybody asks for it now."""
+        found = self.sealed.pop(key)
+        self.withdrawn[key] = found, self.damaged.pop(key)
+        self.mending[key] = Want(ref=found.ref, expect_fingerprint=found.fingerprint)
+
+    def mend_what_is_complete(self) -> None:
+        """Every byte was here when we were killed: prove them and seal, whoever asked.
+
+        Unless whoever asked said that these are not the bytes to publish.
+        """
+        for key, ingest in self.ingests.items():
+            failed = self.attempts.get(key)
+            refused = failed is not None and failed.reason is Reason.FINGERPRINT_MISMATCH
+            if ingest.remaining == 0 and not refused:
+                self.mending[key] = Want(ref=ingest.ref)
+
     def facts(
         self, wants: Mapping[CacheKey, Want], jobs: Mapping[CacheKey, tuple[ModelRef, Job]]
     ) -> dict[CacheKey, Facts]:
@@ -110,6 +134,16 @@ def objection(want: Want, entry: Entry) -> AgentError | None:
             f" {want.expect_fingerprint}",
         )
     return None
+
+
+def agree(want: Want, other: Want) -> None:
+    """Raise Conflict for two wants of one key with different patterns (design D2)."""
+    if other.ref != want.ref:
+        raise AgentError(
+            Reason.CONFLICT,
+            f"{want.ref.uri} is already wanted with {patterns(other.ref)}; use the same"
+            f" patterns, or name the revision in the URI to have both",
+        )
 
 
 def patterns(ref: ModelRef) -> str:

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -20,7 +20,7 @@ from agent.desired import Desired
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
 from agent.index import Index
-from agent.known import Known, patterns
+from agent.known import Known, agree
 from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import (
@@ -29,7 +29,6 @@ from agent.model import (
     Attempt,
     CacheKey,
     Cancel,
-    Entry,
     Evict,
     Fetch,
     ModelRef,
@@ -43,6 +42,7 @@ from agent.model import (
 )
 from agent.plan import plan
 from agent.publish import Publisher
+from agent.pulls import Pull, Pulls
 from agent.status import Facts
 from agent.store import Store
 
@@ -64,21 +64,6 @@ InUse = Callable[[], Awaitable[frozenset[CacheKey] | None]]
 async def unknown_use() -> frozenset[CacheKey] | None:
     """Without a cluster nobody can list the users of a model: so none is ever evicted."""
     return None
-
-
-@dataclass(slots=True)
-class Pull:
-    """A model that somebody waits for, beside the desired state. Ends at the first failure."""
-
-    want: Want
-    done: asyncio.Future[Entry]
-    waiting: int = 0
-    tallies: list[Tally] = field(default_factory=list)
-
-    @property
-    def received(self) -> int:
-        """Bytes that came for this model since it is waited for, and of the download it joined."""
-        return sum(tally.received for tally in self.tallies)
 
 
 @dataclass(slots=True)
@@ -127,7 +112,7 @@ class Reconciler:
         self._dice = dice
         self._flag = asyncio.Event()
         self._known = Known()
-        self._pulls: dict[CacheKey, Pull] = {}
+        self._pulls = Pulls()
         self._running: dict[CacheKey, _Running] = {}
         self._list_again: set[CacheKey] = set()
         self._trash = asyncio.Event()
@@ -157,16 +142,9 @@ class Reconciler:
     def pull(self, want: Want) -> Pull:
         """Ask for one model now, whatever failed before. Raises InvalidSpec, Conflict, ..."""
         self._fetcher.check(want)
-        self._check_against_others(want)
-        pull = self._pulls.get(want.key)
-        if pull is None:
-            pull = Pull(want, asyncio.get_running_loop().create_future())
-            # Whoever waited may be gone: that is no reason to complain at exit.
-            pull.done.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._pulls[want.key] = pull
-            if (running := self._running.get(want.key)) is not None:
-                pull.tallies.append(running.tally)
-        pull.waiting += 1
+        if (other := self._wants().get(want.key)) is not None:
+            agree(want, other)
+        pull = self._pulls.join(want, self.running(want.key))
         if want.key not in self._running:
             self._known.attempts.pop(want.key, None)
         self.wake()
@@ -174,24 +152,12 @@ class Reconciler:
 
     def release(self, pull: Pull) -> None:
         """Nobody waits any more: what only this pull wanted is cancelled, and kept for a resume."""
-        pull.waiting -= 1
-        if pull.waiting == 0 and self._pulls.get(pull.want.key) is pull:
-            del self._pulls[pull.want.key]
-            self.wake()
-
-    def _check_against_others(self, want: Want) -> None:
-        """One key has one set of patterns at a time (design D2)."""
-        other = self._wants().get(want.key)
-        if other is not None and other.ref != want.ref:
-            raise AgentError(
-                Reason.CONFLICT,
-                f"{want.ref.uri} is already wanted with {patterns(other.ref)}; use the same"
-                f" patterns, or name the revision in the URI to have both",
-            )
+        self._pulls.leave(pull)
+        self.wake()
 
     def mend(self, ref: ModelRef, bad: list[str]) -> Pull:
         """Take a damaged model off offer and bring what is wrong of it again."""
-        if ref.key in self._known.sealed and ref.key not in self._known.withdrawn:
+        if ref.key in self._known.sealed:  # else it was found damaged meanwhile, and is on its way
             self._known.damaged[ref.key] = bad
         return self.pull(Want(ref=ref))
 
@@ -256,13 +222,7 @@ class Reconciler:
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
         known.ingests = await asyncio.to_thread(self._store.ingests)
-        for key, ingest in known.ingests.items():
-            # Every byte was here when we were killed: prove them and seal, whoever asked. Unless
-            # whoever asked said that these are not the bytes to publish.
-            failed = known.attempts.get(key)
-            refused = failed is not None and failed.reason is Reason.FINGERPRINT_MISMATCH
-            if ingest.remaining == 0 and not refused:
-                known.mending[key] = Want(ref=ingest.ref)
+        known.mend_what_is_complete()
 
     async def run(self) -> None:
         """Turn until cancelled; then stop the jobs, keeping what they brought."""
@@ -276,10 +236,8 @@ class Reconciler:
                 running.task.cancel()
             if self._running:
                 await asyncio.wait([running.task for running in self._running.values()])
-            for pull in self._pulls.values():
-                if not pull.done.done():
-                    message = "the agent stops; what arrived is kept for the next time"
-                    pull.done.set_exception(AgentError(Reason.NETWORK, message))
+            message = "the agent stops; what arrived is kept for the next time"
+            self._pulls.refuse_all(AgentError(Reason.NETWORK, message))
 
     async def _turns(self) -> None:
         while True:
@@ -318,14 +276,13 @@ class Reconciler:
         for action in decided.actions:
             if not await self._apply(action, wants):
                 break  # what follows may count on room that it did not make
-        self._answer_pulls()
+        self._pulls.answer(self._known, self._running)
         self._publish()
         return decided
 
     def _wants(self) -> dict[CacheKey, Want]:
         """The desired state, beside it what somebody waits for, and what is being mended."""
-        pulled = {key: pull.want for key, pull in self._pulls.items()}
-        return {**self._known.mending, **pulled, **self._known.desired.wants}
+        return {**self._known.mending, **self._pulls.wants(), **self._known.desired.wants}
 
     async def _observe(self) -> Actual:
         known = self._known
@@ -395,8 +352,7 @@ class Reconciler:
         task = asyncio.create_task(work, name=f"{tally.job.stage} {tally.want.ref.uri}")
         task.add_done_callback(lambda _: self.wake())
         self._running[key] = _Running(task, tally)
-        if key in self._pulls:
-            self._pulls[key].tallies.append(tally)
+        self._pulls.begun(tally)
 
     async def _withdraw(self, key: CacheKey) -> None:
         """Off offer first; then it is a want like any other, with most of its bytes there."""
@@ -406,12 +362,9 @@ class Reconciler:
         except AgentError as error:
             _log.error("%s is damaged and cannot be withdrawn: %s", found.ref.uri, error.message)
             return
-        self._known.sealed.pop(key)
-        self._known.withdrawn[key] = found, self._known.damaged.pop(key)
+        self._known.withdraw(key)
         await self._index.record_gone(key)
         self._known.ingests = await asyncio.to_thread(self._store.ingests)
-        # Whole again, and the same as before, whether or not anybody asks for it now.
-        self._known.mending[key] = Want(ref=found.ref, expect_fingerprint=found.fingerprint)
         self.wake()
 
     async def _evict(self, key: CacheKey, size: int) -> bool:
@@ -477,14 +430,8 @@ class Reconciler:
         if sealed is None:  # a listing: the failures in a row end with the seal
             return
         now = self._clock()
-        self._known.sealed[key] = sealed
-        self._known.damaged.pop(key, None)
-        self._known.withdrawn.pop(key, None)
-        self._known.mending.pop(key, None)
-        self._known.last_used[key] = now
-        self._known.attempts.pop(key, None)
+        self._known.seal(key, sealed, now)
         self._trash.set()  # what is left of the ingest
-        self._known.started.pop(key, None)
         await self._index.record_seal(sealed.entry(last_used=now))
 
     async def _failed(self, want: Want, error: AgentError) -> None:
@@ -498,18 +445,6 @@ class Reconciler:
         self._metrics.download_failed(scheme(want), error.reason)
         self._publish()  # now: a pull that comes before the end of this turn forgives it
         await self._index.record_attempt(attempt)
-
-    def _answer_pulls(self) -> None:
-        """End the waits that have an answer. A want that is only queued keeps waiting."""
-        for key, pull in list(self._pulls.items()):
-            entry, refusal = self._known.whole(key), self._known.refusal(key)
-            if entry is not None:
-                pull.done.set_result(entry)
-            elif refusal is not None and key not in self._running:
-                pull.done.set_exception(refusal)
-            else:
-                continue
-            del self._pulls[key]
 
     def _publish(self) -> None:
         self._publisher.publish(self.facts(), self._known.desired)

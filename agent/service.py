@@ -19,7 +19,8 @@ from agent.kube import parse
 from agent.manifest import Manifest
 from agent.metrics import Metrics, Result
 from agent.model import CacheKey, Entry, ModelRef, Want
-from agent.reconcile import Pull, Reconciler
+from agent.pulls import Pull
+from agent.reconcile import Reconciler
 from agent.status import model_status
 from agent.store import Store
 
@@ -127,12 +128,18 @@ class Service:
                 bad = await self._fetcher.damaged(found)
             yield verified_event(found, bad)
             if bad and request.get("repair"):
-                async for event in self._repair(found, bad):
+                async for event in self._repair(found, bad, mended=key in withdrawn):
                     yield event
 
-    async def _repair(self, found: Manifest, bad: list[str]) -> AsyncGenerator[Event, None]:
+    async def _repair(
+        self, found: Manifest, bad: list[str], *, mended: bool
+    ) -> AsyncGenerator[Event, None]:
+        """`mended`: the agent is on it already, or done."""
         try:
-            pull = self._reconciler.mend(found.ref, bad)
+            if mended:
+                pull = self._reconciler.pull(Want(ref=found.ref))
+            else:
+                pull = self._reconciler.mend(found.ref, bad)
         except AgentError as error:
             yield error_event(error)
             return

@@ -6,6 +6,7 @@ inside one file is `_attempt`: it owns one connection and the frontier of one si
 
 import asyncio
 import contextlib
+import os
 import random
 import threading
 from collections import Counter
@@ -20,7 +21,7 @@ from agent.model import Digest, HttpLocator, Locator
 from agent.transfer.connections import Cancellation, Cancelled, Connections
 from agent.transfer.exchange import Body, Exchange
 from agent.transfer.local import LocalBody
-from agent.transfer.pump import Buffers, Intake, Readable, pump
+from agent.transfer.pump import Buffers, Crowd, Intake, Readable, pump
 from agent.transfer.sink import Sink, hash_file
 from agent.transfer.throttle import Throttle
 
@@ -70,6 +71,7 @@ class Engine:
         self._stall_seconds = stall_seconds
         self._throttle = Throttle(bytes_per_second)
         self._buffers = Buffers()
+        self._crowd = Crowd(os.cpu_count() or 1)
         self._dice = dice
         self._connections = Connections(
             connect_seconds=connect_seconds, stall_seconds=stall_seconds, keep=2 * connections
@@ -167,7 +169,8 @@ class Engine:
                 stall_seconds=self._stall_seconds,
                 cancellation=cancellation,
             )
-            pump(intake, sink, self._buffers)
+            with self._crowd.join() as roomy:
+                pump(intake, sink, self._buffers, roomy=roomy)
         if sink.offset < sink.size:
             raise AgentError(
                 Reason.NETWORK, f"{body.where} ended after {sink.offset} of {sink.size} bytes"

@@ -1,12 +1,16 @@
-"""Receive, write and hash one body at the same time.
+"""Receive, write and hash a body.
 
-Three threads hand a few buffers round: the caller receives into one while the second writes the
-one before and the third hashes the one before that. All three release the GIL for nearly all of
-their time. A body of one buffer is not worth two threads and goes straight through.
+A body that has cores to spare is moved by three threads that hand a few buffers round: the caller
+receives into one while the second writes the one before and the third hashes the one before that.
+All three release the GIL for nearly all of their time. Where as many bodies as cores are in flight,
+they overlap with each other and each goes straight through one buffer: on two cores, eight files
+were 1.4 x faster so. A body of one buffer is not worth two threads either.
 """
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -94,14 +98,35 @@ class Intake:
         self._waited, self._since = 0.0, 0
 
 
-def pump(intake: Intake, sink: Sink, buffers: Buffers) -> None:
+class Crowd:
+    """How many bodies are in flight, and whether there are cores for one more to overlap."""
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._count = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def join(self) -> Iterator[bool]:
+        """Whether this body may have threads of its own."""
+        with self._lock:
+            self._count += 1
+            roomy = 2 * self._count <= self._cores
+        try:
+            yield roomy
+        finally:
+            with self._lock:
+                self._count -= 1
+
+
+def pump(intake: Intake, sink: Sink, buffers: Buffers, *, roomy: bool) -> None:
     """Move the rest of a file into its sink, and no more than that.
 
     Whatever ends it, `sink.offset` is true when this returns or raises: what arrived before a
     failure is kept. Raises SizeMismatch if the source goes on after the end of the file.
     """
     left = sink.size - sink.offset
-    taken = buffers.take(1 if left <= BUFFER_BYTES else DEPTH)
+    taken = buffers.take(DEPTH if roomy and left > BUFFER_BYTES else 1)
     try:
         if len(taken) == 1:
             _straight(intake, sink, taken[0], left)

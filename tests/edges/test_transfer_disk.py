@@ -13,16 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agent.errors import AgentError, Reason
 from agent.files import version_of
-from agent.model import PathLocator
+from agent.model import Digest, PathLocator
 from agent.transfer import Engine
 from agent.transfer.connections import Cancellation, Cancelled
-from agent.transfer.pump import DEPTH, Buffers, Intake, pump
+from agent.transfer.local import LocalBody
+from agent.transfer.pump import DEPTH, Buffers, Crowd, Intake, pump
 from agent.transfer.sink import BUFFER_BYTES, Sink
 from agent.transfer.throttle import Throttle
 from tests.edges.downloads import (
@@ -123,6 +125,7 @@ async def test_but_within_one_life_it_is_resumed(hub: Hub, engine: Engine, tmp_p
 
 _NOBODY = """
 import asyncio, encodings.idna, os, sys
+from contextlib import closing
 from pathlib import Path
 from tests.edges.downloads import Download, an_engine
 
@@ -460,7 +463,7 @@ def test_a_disk_and_a_network_that_fail_together(
     intake = Intake(body, throttle=Throttle(None), stall_seconds=9, cancellation=Cancellation())
     try:
         with pytest.raises((AgentError, MemoryError)):
-            pump(intake, sink, Buffers())
+            pump(intake, sink, Buffers(), roomy=True)
         assert sink.offset == 2 * BUFFER_BYTES
         assert sink.path.read_bytes() == data[: sink.offset]
     finally:
@@ -542,6 +545,7 @@ async def test_the_cap_is_for_all_together(tmp_path: Path) -> None:
 
 _FETCH = """
 import asyncio, sys
+from contextlib import closing
 from pathlib import Path
 from agent.model import Digest, HttpLocator
 from agent.transfer import Engine, FileJob
@@ -585,3 +589,29 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
             with partial.open("rb") as file:
                 assert hashlib.file_digest(file, "sha256").hexdigest() == digest.hexdigest()
             partial.unlink()
+
+
+def test_only_bodies_with_cores_to_spare_get_threads_of_their_own() -> None:
+    crowd = Crowd(cores=4)
+    with crowd.join() as first, crowd.join() as second, crowd.join() as third:
+        assert (first, second, third) == (True, True, False)
+    with crowd.join() as again:
+        assert again
+    with Crowd(cores=1).join() as alone:
+        assert not alone
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_both_ways_through_the_pump_give_the_same_file(tmp_path: Path, roomy: bool) -> None:
+    data = random.Random(7).randbytes(5 * BUFFER_BYTES + 3)
+    (tmp_path / "source").write_bytes(data)
+    promised = Digest("sha256", hashlib.sha256(data).hexdigest())
+    sink = Sink(tmp_path / "file", size=len(data), promised=promised)
+    with closing(LocalBody(PathLocator(path=str(tmp_path / "source")), start=0)) as body:
+        intake = Intake(
+            body, throttle=Throttle(None), stall_seconds=30.0, cancellation=Cancellation()
+        )
+        pump(intake, sink, Buffers(), roomy=roomy)
+    assert sink.prove() == promised.hex
+    sink.close()
+    assert (tmp_path / "file").read_bytes() == data

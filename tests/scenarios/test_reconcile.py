@@ -3,6 +3,8 @@
 import asyncio
 import random
 import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from agent import layout
 from agent.desired import Desired
 from agent.errors import AgentError, Reason
+from agent.events import Event
 from agent.manifest import Manifest
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
@@ -279,53 +282,88 @@ async def test_progress_lines_move_and_go(volume: Volume) -> None:
 # -- anything, in any order -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(int(__import__("os").environ.get("SEEDS", "20"))))
+class _Chaos:
+    """Does anything that users, pods, disks and sources may do, in the order of a seed."""
+
+    def __init__(self, volume: Volume, seed: int) -> None:
+        self._volume = volume
+        self._dice = random.Random(seed)
+        self.uris = [f"fake://m{n}" for n in range(4)]
+        for uri in self.uris:
+            volume.source.add(
+                uri,
+                {"a.bin": self._dice.randbytes(200_000), "b.bin": self._dice.randbytes(100_000)},
+            )
+
+    async def step(self) -> None:
+        deeds: tuple[Callable[[], Awaitable[None]], ...] = (
+            self._wish,
+            self._wish,
+            self._use,
+            self._fail,
+            self._delete,
+            self._pull,
+            self._wait,
+            self._verify,
+        )
+        await self._dice.choice(deeds)()
+
+    async def _wish(self) -> None:
+        self._volume.want(*self._dice.sample(self.uris, self._dice.randrange(4)))
+
+    async def _use(self) -> None:
+        used = frozenset(cache_key(uri) for uri in self._dice.sample(self.uris, 2))
+        self._volume.users = lambda: used
+
+    async def _fail(self) -> None:
+        error = AgentError(self._dice.choice(list(Reason)), "as arranged")
+        operation: Operation = self._dice.choice(("list", "locate"))
+        self._volume.source.fail(operation, error, times=1)
+
+    async def _delete(self) -> None:
+        if sealed := list(self._volume.reconciler.sealed()):
+            path = self._volume.store.model(self._dice.choice(sealed)) / "a.bin"
+            path.unlink(missing_ok=True)
+
+    async def _wait(self) -> None:
+        if self._dice.random() < 0.5:
+            await self._volume.later(self._dice.choice((1, 31, 700, 5000)))
+        else:
+            await asyncio.sleep(self._dice.choice((0, 0.001, 0.02)))
+
+    async def _pull(self) -> None:
+        await self._watch(self._volume.service.pull({"uri": self._dice.choice(self.uris)}))
+
+    async def _verify(self) -> None:
+        await self._watch(self._volume.service.verify({"repair": self._dice.random() < 0.5}))
+
+    async def _watch(self, events: AsyncGenerator[Event, None]) -> None:
+        """To the end, or until the user has had enough."""
+        async with aclosing(events):
+            async for _ in events:
+                if self._dice.random() < 0.4:
+                    break
+
+
+@pytest.mark.parametrize("seed", range(12))
 async def test_whatever_happens_every_change_is_a_legal_one_and_offers_are_whole(
     tmp_path: Path, seed: int
 ) -> None:
-    dice = random.Random(seed)
     volume = Volume(tmp_path)
-    volume.capacity = 900_000
-    uris = [f"fake://m{n}" for n in range(4)]
-    contents = {
-        uri: {"a.bin": dice.randbytes(200_000), "b.bin": dice.randbytes(100_000)} for uri in uris
-    }
-    for uri in uris:
-        volume.source.add(uri, contents[uri])
-    used = frozenset[str]()
-    volume.users = lambda: used  # type: ignore[assignment, return-value] # a CacheKey is a str
+    volume.capacity = 900_000  # holds three of the four
+    volume.users = lambda: frozenset()
+    chaos = _Chaos(volume, seed)
+    uri = chaos.uris[0]
     async with volume.turning():
         for _ in range(60):
-            match dice.randrange(8):
-                case 0 | 1:
-                    volume.want(*dice.sample(uris, dice.randrange(4)))
-                case 2:
-                    used = frozenset(cache_key(uri) for uri in dice.sample(uris, 2))
-                case 3:
-                    reason = dice.choice(list(Reason))
-                    operation: Operation = dice.choice(("list", "locate"))
-                    volume.source.fail(operation, AgentError(reason, "as arranged"), times=1)
-                case 4:
-                    sealed = list(volume.reconciler.sealed())
-                    if sealed:
-                        path = volume.store.model(dice.choice(sealed)) / "a.bin"
-                        path.unlink(missing_ok=True)
-                case 5:
-                    pull = volume.reconciler.pull(Want(ref=ModelRef(uri=dice.choice(uris))))
-                    await asyncio.wait({pull.done}, timeout=dice.choice((0, 0.05, 1)))
-                    volume.reconciler.release(pull)
-                case 6:
-                    await volume.later(dice.choice((1, 31, 700, 5000)))
-                case 7:
-                    await asyncio.sleep(dice.choice((0, 0.001, 0.02)))
+            await chaos.step()
         volume.source.mend()
         volume.capacity = 10_000_000
-        used = frozenset()
-        volume.want(uris[0])
+        volume.want(uri)
         await volume.later(5000)
-        await volume.until(lambda: volume.reconciler.running(cache_key(uris[0])) is None)
+        await volume.until(lambda: volume.reconciler.running(cache_key(uri)) is None)
         await volume.turn()
-        await asyncio.wait_for(volume.reconciler.pull(Want(ref=ModelRef(uri=uris[0]))).done, 20)
-        assert volume.phase(uris[0]) is Phase.READY
+        await asyncio.wait_for(volume.reconciler.pull(Want(ref=ModelRef(uri=uri))).done, 20)
+        assert volume.phase(uri) is Phase.READY
         for key, found in dict(volume.reconciler.sealed()).items():
             assert await volume.fetcher.damaged(found) == [], key
