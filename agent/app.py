@@ -101,7 +101,7 @@ def _make_private(state: Path) -> None:
         state.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in state.iterdir()]
         ours = (layout.INDEX, layout.SOCKET, layout.STATUS)
-        if names and not any(name.startswith(ours) for name in names):
+        if not all(name.startswith(ours) for name in names):
             # `--state /tmp` must not close /tmp to everybody else.
             raise AgentError(
                 Reason.INVALID_SPEC,
@@ -125,10 +125,21 @@ async def turning(cache: Cache, desired: Desired) -> AsyncIterator[asyncio.Task[
 
 
 async def run_agent(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT; then keep what was begun, and return."""
+    """Run until SIGTERM or SIGINT, heard from the start; then keep what was begun, and return."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(_serve(settings))
+    try:
+        await _first([serving], stop.wait())
+        _log.info("stopping: what was begun is kept")
+    finally:
+        serving.cancel()
+        await asyncio.wait({serving})
+
+
+async def _serve(settings: Settings) -> None:
+    """Everything an agent is, until cancelled."""
     host, port = listen_address(settings.listen)
     async with contextlib.AsyncExitStack() as stack:
         cache = await stack.enter_async_context(open_cache(settings))
@@ -145,8 +156,7 @@ async def run_agent(settings: Settings) -> None:
         turns = await stack.enter_async_context(turning(cache, first))
         follow = asyncio.create_task(_follow(wishes, cache.reconciler))
         try:
-            await _first([turns, follow], stop.wait())
-            _log.info("stopping: what was begun is kept")
+            await _first([turns, follow], asyncio.Event().wait())
         finally:
             follow.cancel()
 

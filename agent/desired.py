@@ -19,6 +19,9 @@ from agent.kube import parse
 from agent.kube.parse import Cache
 from agent.model import CacheKey, Want
 
+_FILE_BYTES = 4 * 1024 * 1024
+"""A thousand caches; parsing takes a hundred times the memory of the text."""
+
 _POLL_SECONDS = 1.0  # a stat of a few files; inotify is blind on the network mounts of some users
 
 
@@ -89,6 +92,8 @@ class DesiredDirectory:
                 return before
             if not stat.S_ISREG(found.st_mode):  # a fifo would be read for ever
                 raise OSError(errno.EINVAL, "not a file")
+            if found.st_size > _FILE_BYTES:
+                raise OSError(errno.EFBIG, f"larger than {_FILE_BYTES} bytes")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     FILE_NOT_FOUND = "FileNotFound"
     EMPTY_LISTING = "EmptyListing"
     UNSAFE_PATH = "UnsafePath"
+    SOURCE_UNREADABLE = "SourceUnreadable"
     FINGERPRINT_MISMATCH = "FingerprintMismatch"
     BAD_RESPONSE = "BadResponse"
     # Somebody must act on this node.
@@ -60,13 +61,15 @@ class Rule:
 
     `first_seconds` doubles with every failure in a row up to `cap_seconds`; `inf` means never by
     itself: a changed request or a restart is needed. Before that, `tries` of the one file are made
-    inside the running download, where the bytes that arrived already are kept.
+    inside the running download, where the bytes that arrived already are kept. `heals`: the world
+    is expected to change by itself, so it is not yet a failure to whoever waits.
     """
 
     first_seconds: float
     cap_seconds: float
     advice: str
     tries: int = 1
+    heals: bool = False
 
 
 _SOON = 5.0
@@ -75,35 +78,41 @@ _SLOW = 600.0
 
 RULES: Mapping[Reason, Rule] = {
     Reason.RATE_LIMITED: Rule(
+        heals=True,
         first_seconds=30.0,
         cap_seconds=_SLOW,
         tries=5,
         advice="nothing to do; a token (HF_TOKEN) raises the hub's limit",
     ),
     Reason.NETWORK: Rule(
+        heals=True,
         first_seconds=_SOON,
         cap_seconds=300.0,
         tries=5,
         advice="check that the endpoint, DNS and the proxy settings are reachable from this node",
     ),
     Reason.STALLED: Rule(
+        heals=True,
         first_seconds=_SOON,
         cap_seconds=300.0,
         tries=5,
         advice="the source stopped sending; check the path to it (proxy, firewall, MTU)",
     ),
     Reason.SERVER_ERROR: Rule(
+        heals=True,
         first_seconds=_SOON,
         cap_seconds=300.0,
         tries=5,
         advice="the source is failing; it is tried again by itself",
     ),
     Reason.LINK_EXPIRED: Rule(
+        heals=True,
         first_seconds=_SOON,
         cap_seconds=300.0,
         advice="a signed link was refused twice; check this node's clock",
     ),
     Reason.SOURCE_CHANGED: Rule(
+        heals=True,
         first_seconds=_SOON,
         cap_seconds=300.0,
         advice="the source changed while it was read; it is listed again by itself",
@@ -164,6 +173,11 @@ RULES: Mapping[Reason, Rule] = {
         first_seconds=3600.0,
         cap_seconds=3600.0,
         advice="the source names a file that cannot be stored safely; exclude it or fix the source",
+    ),
+    Reason.SOURCE_UNREADABLE: Rule(
+        first_seconds=_MINUTE,
+        cap_seconds=_SLOW,
+        advice="let the agent's user read the source, and look at the disk or mount it is on",
     ),
     Reason.FINGERPRINT_MISMATCH: Rule(
         first_seconds=3600.0,

@@ -20,6 +20,7 @@ from agent.metrics import Metrics
 from agent.model import Job, Listing, Locator, RemoteFile, Stage, Want
 from agent.sources import SCHEMES, Source, Sources
 from agent.store import Store
+from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
 
 # What one file's failure says about all others too: going on would only repeat it.
@@ -85,13 +86,13 @@ class Fetcher:
     async def resolve(self, want: Want) -> None:
         """Ask the source what the model is today, and pin the answer in the store."""
         listing = await self._sources.of(want.ref.uri).list(want.ref)
-        await asyncio.to_thread(self._store.begin, listing)
+        await changing(lambda: self._store.begin(listing))
 
     async def fetch(self, tally: Tally) -> Manifest:
         """Bring and prove every file of the pinned listing, then seal. Raises AgentError."""
         want = tally.want
         source = self._sources.of(want.ref.uri)
-        listing = await asyncio.to_thread(self._pinned, want)
+        listing = await changing(lambda: self._pinned(want))
         tally.total = listing.bytes
         digests = await self._files(source, listing, tally)
         sealed = manifest.seal(listing, digests, sealed_at=int(self._clock()))
@@ -101,14 +102,7 @@ class Fetcher:
                 Reason.FINGERPRINT_MISMATCH,
                 f"{want.ref.uri} at {listing.revision} is {sealed.fingerprint}, not {expected}",
             )
-        # Not cancellable: a thread that goes on sealing behind a cancelled job would race with the
-        # next one. It is a few renames and fsyncs.
-        sealing = asyncio.ensure_future(asyncio.to_thread(self._store.seal, sealed))
-        try:
-            await asyncio.shield(sealing)
-        except asyncio.CancelledError:
-            await asyncio.wait({sealing})
-            raise
+        await changing(lambda: self._store.seal(sealed))
         self._forget(listing)
         self._metrics.download_done(scheme(want), size=listing.bytes, seconds=tally.seconds)
         return sealed
@@ -150,11 +144,11 @@ class Fetcher:
 
     async def _file(self, source: Source, listing: Listing, file: RemoteFile, tally: Tally) -> str:
         key, proven = listing.key, self._store.tree(listing.key) / file.path
-        if (version := await asyncio.to_thread(_version, proven)) is not None:
+        if (version := await looking(lambda: _version(proven))) is not None:
             if (digest := await self._found(proven, version, file)) is not None:
                 tally.add(file.size, 0)
                 return digest
-            await asyncio.to_thread(self._store.discard, key, file.path)
+            await changing(lambda: self._store.discard(key, file.path))
 
         async def locate() -> Locator:
             return await source.locate(listing, file)
@@ -176,8 +170,8 @@ class Fetcher:
                 on_retry=on_retry,
             )
         )
-        await asyncio.to_thread(self._store.promote, key, file.path)
-        self._proven[proven] = (await asyncio.to_thread(_version, proven), digest)
+        await changing(lambda: self._store.promote(key, file.path))
+        self._proven[proven] = (await looking(lambda: _version(proven)), digest)
         return digest
 
     async def _found(self, path: Path, version: str, file: RemoteFile) -> str | None:
@@ -217,7 +211,7 @@ async def damaged(engine: Engine, root: Path, found: Manifest) -> list[str]:
 
     results = await asyncio.gather(*(whole(file) for file in found.files))
     bad = [file.path for file, good in zip(found.files, results, strict=True) if not good]
-    return bad + await asyncio.to_thread(_strays, root, {file.path for file in found.files})
+    return bad + await looking(lambda: _strays(root, {file.path for file in found.files}))
 
 
 def _strays(root: Path, named: set[str]) -> list[str]:

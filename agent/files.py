@@ -37,6 +37,16 @@ def disk_errors(what: str) -> Iterator[None]:
         raise AgentError(reason, f"cannot {what}: {error.strerror or error}") from error
 
 
+@contextmanager
+def source_errors(what: str) -> Iterator[None]:
+    """The same for what a model is copied from: not our disk, and not ours to make readable."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise AgentError(Reason.SOURCE_UNREADABLE, f"cannot {what}: {text}") from error
+
+
 def version_of(found: os.stat_result) -> str:
     """A token for exactly the bytes a file has now, as far as a file system can tell."""
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"

@@ -67,6 +67,12 @@ class Known:
         self.withdrawn[key] = found, self.damaged.pop(key)
         self.mending[key] = Want(ref=found.ref, expect_fingerprint=found.fingerprint)
 
+    def replace_what_is_left(self, want: Want) -> None:
+        """An ingest of other patterns, that nobody asks for now, gives way to one who asks."""
+        left = self.mending.get(want.key)
+        if left is not None and left.ref != want.ref and want.key not in self.withdrawn:
+            del self.mending[want.key]
+
     def mend_what_is_complete(self) -> None:
         """Every byte was here when we were killed: prove them and seal, whoever asked.
 
@@ -137,7 +143,18 @@ def objection(want: Want, entry: Entry) -> AgentError | None:
 
 
 def agree(want: Want, other: Want) -> None:
-    """Raise Conflict for two wants of one key with different patterns (design D2)."""
+    """Raise Conflict for two wants of one key with different patterns or fingerprints (design D2).
+
+    A want without a fingerprint takes what the other one proves; the reverse is checked when it
+    is there.
+    """
+    if None not in (want.expect_fingerprint, other.expect_fingerprint) and (
+        want.expect_fingerprint != other.expect_fingerprint
+    ):
+        raise AgentError(
+            Reason.CONFLICT,
+            f"{want.ref.uri} is already wanted with the fingerprint {other.expect_fingerprint}",
+        )
     if other.ref != want.ref:
         raise AgentError(
             Reason.CONFLICT,

@@ -136,10 +136,6 @@ class Metrics:
         for result in ("ok", "failed"):
             self.turns.labels(result=result)
 
-    def request(self, result: Result, size: int) -> None:
-        self.requests.labels(result=result).inc()
-        self.request_bytes.labels(result=result).inc(size)
-
     def download_failed(self, source: str, reason: Reason) -> None:
         self.downloads.labels(source=source, result=reason.value).inc()
 

@@ -30,12 +30,11 @@ class StatusDirectory:
 
     def __init__(self, preferred: Path, fallback: Path) -> None:
         self._path = preferred if _writable(preferred) else fallback
-        self._written: dict[str, str] = {}
         with disk_errors(f"make the status directory {self._path}"):
             self._path.mkdir(parents=True, exist_ok=True)
-        for stale in self._path.glob("*.json"):
             # Of an earlier life; the first `write` says what is true now.
-            self._written[stale.stem] = ""
+            stale = [path.stem for path in self._path.glob("*.json") if _is_ours(path)]
+        self._written = dict.fromkeys(stale, "")
 
     @property
     def path(self) -> Path:
@@ -77,13 +76,16 @@ class Publisher:
         self._counter = 0
         self._lines: set[CacheKey] = set()
 
-    def publish(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
-        """Say what changed. Synchronous and small: a few files at most."""
+    def witness(self, facts: Mapping[CacheKey, Facts]) -> None:
+        """Log, count and gauge what changed."""
         for key, fact in facts.items():
             self._witness(key, fact)
         for key in set(self._phases) - set(facts):
             del self._phases[key]
         self._gauges(facts)
+
+    def write(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
+        """The status files that changed. Waits for a disk, and one may be on a network."""
         if self._status is not None:
             try:
                 self._status.write(self._bodies(facts, desired))
@@ -161,6 +163,14 @@ def _refused(error: SpecError, before: Body) -> Body:
         "reason": Reason.INVALID_SPEC.value,
         "message": message,
     }
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a status that an agent wrote: nobody else's file is removed."""
+    try:
+        return '"modelStatus"' in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _writable(path: Path) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from agent.errors import AgentError
+from agent.errors import AgentError, Reason
 from agent.fetch import Tally
 from agent.known import Known
 from agent.model import CacheKey, Entry, Want
@@ -35,8 +35,13 @@ class Pulls:
         return {key: pull.want for key, pull in self._open.items()}
 
     def join(self, want: Want, running: Tally | None) -> Pull:
-        """One more who waits. `running` is the job that is on it already."""
+        """One more who waits. `running` is the job that is on it already. Raises Conflict."""
         pull = self._open.get(want.key)
+        if pull is not None and pull.want != want:
+            raise AgentError(
+                Reason.CONFLICT,
+                f"{want.ref.uri} is being pulled with another expected fingerprint; wait for it",
+            )
         if pull is None:
             pull = Pull(want, asyncio.get_running_loop().create_future())
             # Whoever waited may be gone: that is no reason to complain at exit.

@@ -11,7 +11,8 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -31,6 +32,7 @@ from agent.model import (
     Cancel,
     Evict,
     Fetch,
+    Ingest,
     ModelRef,
     Plan,
     Resolve,
@@ -45,6 +47,7 @@ from agent.publish import Publisher
 from agent.pulls import Pull, Pulls
 from agent.status import Facts
 from agent.store import Store
+from agent.threads import changing, looking
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ hand is off offer within a minute."""
 
 _PROGRESS_SECONDS = 5.0
 _TOUCH_SECONDS = 300.0
+_LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
 # These reasons say that the pinned listing is not to be trusted any more.
 _LIST_AGAIN = frozenset({Reason.SOURCE_CHANGED, Reason.FILE_NOT_FOUND, Reason.SIZE_MISMATCH})
@@ -115,6 +119,9 @@ class Reconciler:
         self._pulls = Pulls()
         self._running: dict[CacheKey, _Running] = {}
         self._list_again: set[CacheKey] = set()
+        self._forgiven: set[CacheKey] = set()
+        self._touched: dict[CacheKey, float] = {}
+        self._hears = False
         self._trash = asyncio.Event()
         self._reclaiming = 0
         self._look_at = 0.0
@@ -130,9 +137,11 @@ class Reconciler:
     def desire(self, desired: Desired) -> None:
         """What should be here from now on. Failures of wishes that changed are forgotten."""
         before = self._known.desired
-        for key, want in desired.wants.items():
-            if before.wants.get(key, want) != want:
-                self._known.attempts.pop(key, None)
+        if self._hears:  # the first wishes after a restart are no new ones
+            for key, want in desired.wants.items():
+                if before.wants.get(key) != want:
+                    self._forgive(key)
+        self._hears = True
         for error in desired.errors:
             if error not in before.errors:
                 _log.warning("%s is refused: %s", error.name, error.message)
@@ -142,13 +151,19 @@ class Reconciler:
     def pull(self, want: Want) -> Pull:
         """Ask for one model now, whatever failed before. Raises InvalidSpec, Conflict, ..."""
         self._fetcher.check(want)
+        self._known.replace_what_is_left(want)
         if (other := self._wants().get(want.key)) is not None:
             agree(want, other)
         pull = self._pulls.join(want, self.running(want.key))
         if want.key not in self._running:
-            self._known.attempts.pop(want.key, None)
+            self._forgive(want.key)
         self.wake()
         return pull
+
+    def _forgive(self, key: CacheKey) -> None:
+        """A changed wish, or somebody who asks by name: tried again now, whatever failed before."""
+        if self._known.attempts.pop(key, None) is not None:
+            self._forgiven.add(key)
 
     def release(self, pull: Pull) -> None:
         """Nobody waits any more: what only this pull wanted is cancelled, and kept for a resume."""
@@ -182,7 +197,7 @@ class Reconciler:
         found = self._known.sealed.get(key)
         if found is None or key in self._known.damaged:
             return False
-        missing = await asyncio.to_thread(self._store.damage, key, found)
+        missing = await looking(lambda: self._store.damage(key, found))
         self._note_damage(key, missing)
         return not missing
 
@@ -192,9 +207,10 @@ class Reconciler:
         before = self._known.last_used.get(key, 0.0)
         self._known.last_used[key] = max(now, before)
         await self._index.record_use(key, now)
-        if now - before >= _TOUCH_SECONDS:
+        if now - self._touched.get(key, 0.0) >= _TOUCH_SECONDS:
+            self._touched[key] = now
             with suppress(AgentError):  # a mirror; the index has it
-                await asyncio.to_thread(self._store.touch, key, now)
+                await changing(lambda: self._store.touch(key, now))
 
     def facts(self) -> dict[CacheKey, Facts]:
         """Everything known of every key there is something to say of."""
@@ -209,19 +225,25 @@ class Reconciler:
     async def start(self) -> None:
         """Bring the disk into order and learn what is there. Before `run`."""
         known = self._known
-        for key in await asyncio.to_thread(self._store.recover):
-            _log.warning("%s is not ours and stays untouched", self._store.model(key))
+        for key in await changing(self._store.recover):
+            path = self._store.model(key)
+            _log.warning("%s is not ours, or cannot be read, and stays as it is", path)
         self._trash.set()
         await self._index.open()
         found_attempts = await self._index.attempts()
         # A restart is a reason to try what would otherwise never be tried again.
-        known.attempts = {k: a for k, a in found_attempts.items() if a.retry_at != inf}
+        # And a clock that was wrong when it failed must not put it off for years.
+        known.attempts = {
+            key: replace(attempt, retry_at=min(attempt.retry_at, self._clock() + _LONGEST_SECONDS))
+            for key, attempt in found_attempts.items()
+            if attempt.retry_at != inf
+        }
         self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
-        for key, found, used in await asyncio.to_thread(lambda: list(self._store.manifests())):
+        for key, found, used in await looking(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
-        known.ingests = await asyncio.to_thread(self._store.ingests)
+        known.ingests = await looking(self._store.ingests)
         known.mend_what_is_complete()
 
     async def run(self) -> None:
@@ -236,8 +258,7 @@ class Reconciler:
                 running.task.cancel()
             if self._running:
                 await asyncio.wait([running.task for running in self._running.values()])
-            message = "the agent stops; what arrived is kept for the next time"
-            self._pulls.refuse_all(AgentError(Reason.NETWORK, message))
+            self._pulls.refuse_all(AgentError(Reason.NETWORK, "the agent stops; bytes are kept"))
 
     async def _turns(self) -> None:
         while True:
@@ -249,11 +270,11 @@ class Reconciler:
                 self._metrics.turns.labels(result="ok").inc()
                 self.turned_at = self._clock()
                 self._metrics.last_turn.set(self.turned_at)
+                self.ready.set()
             except AgentError as error:
                 # The disk is away, say. Nothing was decided; look again soon.
                 _log.warning("cannot observe the cache: %s", error.message)
                 self._metrics.turns.labels(result="failed").inc()
-            self.ready.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.05, wake_at - self._clock())):
                     await self._flag.wait()
@@ -262,41 +283,60 @@ class Reconciler:
         """Keep the lines of waiting pods moving, also while nothing else happens."""
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
-            await asyncio.to_thread(self._publisher.progress, self.facts().values())
-            self._publish()  # bytes of running downloads
+            await changing(partial(self._publisher.progress, self.facts().values()))
+            if self._running:
+                self.wake()  # the turn publishes how far they are
 
     async def _turn(self) -> Plan:
         await self._settle_jobs()
+        await self._forget_the_forgiven()
         await self._look_at_all()
-        actual = await self._observe()
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self._wants()
-        decided = plan(wants, actual, self._volume(), now=self._clock())
+        await self._cancel_the_outdated(wants)
+        actual = await self._observe(wants)
+        decided = plan(wants, actual, await self._volume(), now=self._clock())
         self._known.blocked = decided.blocked
         for action in decided.actions:
-            if not await self._apply(action, wants):
+            if not await self._attempt(action, wants):
                 break  # what follows may count on room that it did not make
         self._pulls.answer(self._known, self._running)
-        self._publish()
+        await self._publish()
         return decided
+
+    async def _forget_the_forgiven(self) -> None:
+        while self._forgiven:
+            await self._index.forgive(self._forgiven.pop())
+
+    async def _cancel_the_outdated(self, wants: Mapping[CacheKey, Want]) -> None:
+        """A job for other patterns than those that are wanted now would publish the wrong files."""
+        for key, running in list(self._running.items()):
+            if key in wants and running.tally.want.ref != wants[key].ref:
+                await self._cancel(running)
 
     def _wants(self) -> dict[CacheKey, Want]:
         """The desired state, beside it what somebody waits for, and what is being mended."""
         return {**self._known.mending, **self._pulls.wants(), **self._known.desired.wants}
 
-    async def _observe(self) -> Actual:
+    async def _observe(self, wants: Mapping[CacheKey, Want]) -> Actual:
         known = self._known
+
+        def usable(key: CacheKey, ingest: Ingest) -> bool:
+            """Whether its pinned listing answers what is asked for now; else it is listed again."""
+            asked = wants.get(key)
+            return key not in self._list_again and (asked is None or asked.ref == ingest.ref)
+
         return Actual(
             entries=known.entries(),
             damaged=frozenset(known.damaged),
-            ingests={k: i for k, i in known.ingests.items() if k not in self._list_again},
+            ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
             jobs={key: running.tally.job for key, running in self._running.items()},
             attempts=known.attempts,
             in_use=await self._in_use(),
         )
 
-    def _volume(self) -> Volume:
-        space = self._space()
+    async def _volume(self) -> Volume:
+        space = await looking(self._space)
         return Volume(
             capacity=space.capacity,
             free=space.free,
@@ -312,7 +352,14 @@ class Reconciler:
             return
         self._look_at = self._clock() + _LOOK_SECONDS
         for key, found in list(self._known.sealed.items()):
-            self._note_damage(key, await asyncio.to_thread(self._store.damage, key, found))
+            try:
+                wrong = await looking(partial(self._store.damage, key, found))
+            except (
+                AgentError
+            ) as error:  # nobody can tell now; the others are looked at all the same
+                _log.warning("cannot look at %s: %s", found.ref.uri, error.message)
+            else:
+                self._note_damage(key, wrong)
 
     def _note_damage(self, key: CacheKey, missing: list[str]) -> None:
         self._metrics.verifications.labels(kind="look", result="damaged" if missing else "ok").inc()
@@ -323,6 +370,18 @@ class Reconciler:
             self.wake()
 
     # -- acting -------------------------------------------------------------------------------
+
+    async def _attempt(self, action: Action, wants: Mapping[CacheKey, Want]) -> bool:
+        """Carry one action out; one that fails is its own model's failure and nobody else's."""
+        try:
+            return await self._apply(action, wants)
+        except AgentError as error:
+            found = self._known.sealed.get(action.key)
+            want = wants.get(action.key) or (Want(ref=found.ref) if found else None)
+            _log.error("%s %s failed: %s", type(action).__name__, action.key, error.message)
+            if want is not None:
+                await self._failed(want, error)
+            return not isinstance(action, Evict)
 
     async def _apply(self, action: Action, wants: Mapping[CacheKey, Want]) -> bool:
         """Carry one action out; False if the facts have changed so that it could not be."""
@@ -337,14 +396,17 @@ class Reconciler:
                 self._run_job(tally, self._fetcher.fetch(tally))
             case Cancel(key):
                 if (running := self._running.get(key)) is not None:  # else it has just ended
-                    running.task.cancel()
-                    await asyncio.wait([running.task])
-                    await self._settle_jobs()
+                    await self._cancel(running)
             case Withdraw(key):
                 await self._withdraw(key)
             case Evict(key, size):
                 return await self._evict(key, size)
         return True
+
+    async def _cancel(self, running: _Running) -> None:
+        running.task.cancel()
+        await asyncio.wait([running.task])
+        await self._settle_jobs()
 
     def _run_job(self, tally: Tally, work: Coroutine[Any, Any, Manifest | None]) -> None:
         key = tally.want.key
@@ -357,25 +419,26 @@ class Reconciler:
     async def _withdraw(self, key: CacheKey) -> None:
         """Off offer first; then it is a want like any other, with most of its bytes there."""
         found = self._known.sealed[key]
-        try:
-            await asyncio.to_thread(self._store.reopen, key)
-        except AgentError as error:
-            _log.error("%s is damaged and cannot be withdrawn: %s", found.ref.uri, error.message)
-            return
+        await changing(lambda: self._store.reopen(key, found))
         self._known.withdraw(key)
         await self._index.record_gone(key)
-        self._known.ingests = await asyncio.to_thread(self._store.ingests)
+        self._known.ingests = await looking(self._store.ingests)
+        self._trash.set()  # what had been begun beside it
         self.wake()
 
     async def _evict(self, key: CacheKey, size: int) -> bool:
         """Design D3: off offer, look once more who uses it, then away. False: somebody came."""
-        await asyncio.to_thread(self._store.begin_retire, key)
-        used = await self._in_use()
+        await changing(lambda: self._store.begin_retire(key))
+        used = None
+        try:
+            used = await self._in_use()
+        finally:  # also where nobody can tell
+            if used is None or key in used:
+                await changing(lambda: self._store.cancel_retire(key))
         if used is None or key in used:
-            await asyncio.to_thread(self._store.cancel_retire, key)
             self.wake()
             return False
-        await asyncio.to_thread(self._store.finish_retire, key)
+        await changing(lambda: self._store.finish_retire(key))
         self._known.sealed.pop(key)
         await self._index.record_gone(key)
         self._metrics.evictions.inc()
@@ -391,7 +454,7 @@ class Reconciler:
             self._trash.clear()
             promised = self._reclaiming
             try:
-                await asyncio.to_thread(self._store.sweep)
+                await looking(self._store.sweep)  # may be cut off anywhere
             except AgentError as error:
                 _log.warning("%s", error.message)
             self._reclaiming -= promised
@@ -403,13 +466,13 @@ class Reconciler:
         """Learn from every job that ended."""
         ended = [key for key, running in self._running.items() if running.task.done()]
         if ended:
-            self._known.ingests = await asyncio.to_thread(self._store.ingests)
+            self._known.ingests = await looking(self._store.ingests)
         for key in ended:
             running = self._running.pop(key)
             if running.task.cancelled():
                 await self._note_a_late_seal(key)
                 continue
-            error = running.task.exception()
+            error = _only(running.task.exception())
             if error is None:
                 await self._succeeded(key, running.task.result())
             elif isinstance(error, AgentError):
@@ -421,7 +484,7 @@ class Reconciler:
 
     async def _note_a_late_seal(self, key: CacheKey) -> None:
         """A job that was cancelled while it sealed has sealed all the same."""
-        sealed = await asyncio.to_thread(self._store.manifest, key)
+        sealed = await looking(lambda: self._store.manifest(key))
         if sealed is not None and key not in self._known.sealed:
             await self._succeeded(key, sealed)
 
@@ -443,8 +506,17 @@ class Reconciler:
         if error.reason in _LIST_AGAIN:
             self._list_again.add(key)
         self._metrics.download_failed(scheme(want), error.reason)
-        self._publish()  # now: a pull that comes before the end of this turn forgives it
+        await self._publish()  # now: a pull that comes before the end of this turn forgives it
         await self._index.record_attempt(attempt)
 
-    def _publish(self) -> None:
-        self._publisher.publish(self.facts(), self._known.desired)
+    async def _publish(self) -> None:
+        facts, desired = self.facts(), self._known.desired
+        self._publisher.witness(facts)
+        await changing(lambda: self._publisher.write(facts, desired))
+
+
+def _only(error: BaseException | None) -> BaseException | None:
+    """What a task group was about, where it was about one thing."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -46,6 +46,7 @@ class Service:
             # Before anything is asked for: what is found missing here is brought, not answered.
             result = await self._lookup(want.key)
             pull = self._reconciler.pull(want)
+            self._metrics.requests.labels(result=result).inc()
         except AgentError as error:
             yield error_event(error)
             return
@@ -55,7 +56,7 @@ class Service:
             entry = pull.done.result()
             if (problem := objection(want, entry)) is not None:
                 raise problem
-            self._metrics.request(result, entry.bytes)
+            self._metrics.request_bytes.labels(result=result).inc(entry.bytes)
             await self._reconciler.use(want.key)
             yield {
                 "event": "result",
@@ -125,7 +126,11 @@ class Service:
                 found, bad = withdrawn[key]
             else:
                 found = models[key]
-                bad = await self._fetcher.damaged(found)
+                try:
+                    bad = await self._fetcher.damaged(found)
+                except AgentError as error:  # cannot be read: neither good nor bad
+                    yield {**error_event(error), "uri": found.ref.uri}
+                    continue
             yield verified_event(found, bad)
             if bad and request.get("repair"):
                 async for event in self._repair(found, bad, mended=key in withdrawn):

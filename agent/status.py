@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
-from agent.backoff import gives_up
 from agent.errors import RULES, Reason
 from agent.model import Attempt, Block, Blocked, CacheKey, Entry, Ingest, Job, ModelRef
 from agent.phases import Phase, phase_of
@@ -173,6 +172,5 @@ def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
 def _kserve(phase: Phase, attempt: Attempt | None) -> str:
     """Downloading while a retry by itself may succeed: Error flaps in KServe's controller."""
     if phase is Phase.FAILED and attempt is not None:
-        transient = RULES[attempt.reason].tries > 1 and not gives_up(attempt.reason)
-        return "ModelDownloading" if transient else KSERVE_STATUS[phase]
+        return "ModelDownloading" if RULES[attempt.reason].heals else KSERVE_STATUS[phase]
     return KSERVE_STATUS[phase]

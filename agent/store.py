@@ -110,10 +110,12 @@ class Store:
     def damage(self, key: CacheKey, found: Manifest) -> list[str]:
         """The paths of a sealed model that are missing, of another size or not regular files.
 
+        The manifest's own path is among them if it is gone: without it nobody knows of the offer.
         A look at the names only, cheap enough for every minute; wrong bytes of the right size are
         found by hashing.
         """
-        return trees.not_whole(self.model(key), found)
+        wrong = trees.not_whole(self.model(key), found)
+        return wrong if self._note(layout.manifest(key), key) else [layout.manifest(key), *wrong]
 
     def ingests(self) -> dict[CacheKey, Ingest]:
         """What was begun and is not sealed, with how much of it is there."""
@@ -302,23 +304,26 @@ class Store:
         data = manifest.render(sealed).encode()
         self._files.write(self.root / layout.sealing(sealed.ref.key), data, layout.NOTE_MODE)
 
-    def reopen(self, key: CacheKey) -> None:
+    def reopen(self, key: CacheKey, known: Manifest | None = None) -> None:
         """Take a sealed model off offer and back into an ingest, to be re-hashed and mended.
+
+        `known` is what was sealed, where the caller remembers it: the manifest may be gone as well.
 
         The reverse of `seal`: listing, manifest away, rename. A pod that has the directory mounted
         goes on seeing it, and sees the mended file when it takes its name.
         """
         with disk_errors(f"withdraw {key}"):
             found = self._note(layout.manifest(key), key)
-            if found is not None:
+            if found is not None or known is not None:
                 # What was begun beside it, of another revision, has no place of its own. It goes
                 # first: with the manifest away, its tree would make this directory look foreign.
                 self._drop_ingest(key)
             if self.listing(key) is None:
                 found = found or self._note(layout.sealing(key), key)
-                if found is None:
+                sealed = found[0] if found is not None else known
+                if sealed is None:
                     raise AgentError(Reason.CONFLICT, f"{key} has no manifest to be mended by")
-                self._pin(found[0].listing())
+                self._pin(sealed.listing())
             self._drop_note(layout.manifest(key))
             if trees.is_directory(self.model(key)):
                 self._files.rename(self.model(key), self.tree(key))
@@ -397,20 +402,27 @@ class Store:
     # -- start --------------------------------------------------------------------------------
 
     def recover(self) -> list[CacheKey]:
-        """Bring what an earlier life left into one of the known states; the foreign directories.
+        """Bring what an earlier life left into one of the known states.
+
+        Returns the keys whose place stays as it is: foreign, or not to be read or mended now.
 
         Safe at any time before work begins, and twice.
         """
-        foreign = []
+        left = []
         with disk_errors("recover the cache"):
             notes = self._notes()
             for key in self._keys(notes):
                 known = notes.get(key, set())
-                if self._repair(key, self._found_of(key, known), known):
-                    foreign.append(key)
+                try:
+                    with disk_errors(f"recover {key}"):
+                        foreign = self._repair(key, self._found_of(key, known), known)
+                except AgentError:
+                    foreign = True  # one directory that cannot be read must not stop all others
+                if foreign:
+                    left.append(key)
             for name in trees.names(self.root / layout.PROGRESS):
                 self._files.unlink(self.root / layout.PROGRESS / name)
-        return foreign
+        return left
 
     def _repair(self, key: CacheKey, found: Found, notes: set[str]) -> bool:
         """Carry out the fixes for one key; whether something that is not ours has its place."""

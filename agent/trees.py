@@ -18,12 +18,24 @@ def names(path: Path) -> list[str]:
 
 def is_directory(path: Path) -> bool:
     """Of its own, not by way of a symlink: that could lead anywhere."""
-    return path.is_dir() and not path.is_symlink()
+    return stat.S_ISDIR(_mode(path))
 
 
 def is_odd(path: Path) -> bool:
     """Something where a model's directory would be that is no directory."""
-    return path.is_symlink() or (path.exists() and not path.is_dir())
+    return _mode(path) != 0 and not is_directory(path)
+
+
+def _mode(path: Path) -> int:
+    """What is there; 0 for nothing. Raises AgentError where nobody can tell (EIO, EACCES, ESTALE):
+    `Path.is_dir` would raise a bare OSError for the same, or call it absent in a later Python.
+    """
+    with (
+        disk_errors(f"look at {path}"),
+        suppress(FileNotFoundError, NotADirectoryError),
+    ):
+        return path.lstat().st_mode
+    return 0
 
 
 def is_file(path: Path, size: int) -> bool:

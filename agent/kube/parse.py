@@ -30,19 +30,19 @@ def cache(raw: Any) -> Cache:
     if not isinstance(raw, Mapping):
         raise _invalid("the document is not an object")
     if raw.get("apiVersion") != f"{GROUP}/{VERSION}":
-        raise _invalid(f"apiVersion is {raw.get('apiVersion')!r}, not {GROUP}/{VERSION}")
+        raise _invalid(f"apiVersion is {_shown(raw.get('apiVersion'))}, not {GROUP}/{VERSION}")
     if raw.get("kind") != "LocalModelCache":
-        raise _invalid(f"kind is {raw.get('kind')!r}, not LocalModelCache")
+        raise _invalid(f"kind is {_shown(raw.get('kind'))}, not LocalModelCache")
     metadata = _mapping(raw, "metadata")
     name = metadata.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _invalid(
-            f"metadata.name {name!r} is not a name (lower case letters, digits, - and .)"
+            f"metadata.name {_shown(name)} is not a name (lower case letters, digits, - and .)"
         )
     spec = _mapping(raw, "spec")
     uri = spec.get("sourceModelUri")
     if not isinstance(uri, str) or not uri or not uri.isprintable():
-        raise _invalid(f"spec.sourceModelUri {uri!r} is not a URI")
+        raise _invalid(f"spec.sourceModelUri {_shown(uri)} is not a URI")
     notes = _annotations(metadata)
     ref = ModelRef(
         uri=uri,
@@ -67,7 +67,11 @@ def patterns(text: str) -> tuple[str, ...]:
 
 def one_lines(found: Iterable[str]) -> tuple[str, ...]:
     """Globs, each fit for a line of a manifest. Raises InvalidSpec."""
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise _invalid("patterns must be a list of strings")
     result = tuple(found)
+    if not all(isinstance(pattern, str) for pattern in result):
+        raise _invalid("patterns must be a list of strings")
     for pattern in result:
         if not is_one_line(pattern):
             raise _invalid(f"the pattern {pattern[:100]!a} holds control characters")
@@ -76,9 +80,9 @@ def one_lines(found: Iterable[str]) -> tuple[str, ...]:
 
 def fingerprint(text: str | None) -> str | None:
     """`sha256:<64 hex digits>`, or None for none. Raises InvalidSpec for anything else."""
-    if text is None or _FINGERPRINT.fullmatch(text):
+    if text is None or (isinstance(text, str) and _FINGERPRINT.fullmatch(text)):
         return text
-    raise _invalid(f"the expected fingerprint {text[:100]!r} is not sha256:<64 hex digits>")
+    raise _invalid(f"the expected fingerprint {_shown(text)} is not sha256:<64 hex digits>")
 
 
 def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -108,6 +112,13 @@ def _integer(notes: Mapping[str, str], name: str) -> int:
         return int(notes.get(name, "0"))
     except ValueError as error:
         raise _invalid(f"the annotation {ANNOTATIONS}/{name} is not an integer") from error
+
+
+def _shown(value: Any) -> str:
+    """A value for a message. Only strings, and not much of them: the `repr` of a few nested YAML
+    aliases can be larger than the memory of the node.
+    """
+    return f"{value[:100]!a}" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _invalid(message: str) -> AgentError:

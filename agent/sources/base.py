@@ -1,17 +1,12 @@
 """What a source is, and what all of them share: patterns, and the order of a listing."""
 
-import asyncio
-import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeVar, cast
+from typing import Protocol
 
 from agent.errors import AgentError, Reason
 from agent.layout import check_paths
 from agent.model import Listing, Locator, ModelRef, RemoteFile
-
-_T = TypeVar("_T")
 
 
 class Source(Protocol):
@@ -60,33 +55,3 @@ def selected(path: str, ref: ModelRef) -> bool:
         )
 
     return (not ref.include or matches(ref.include)) and not matches(ref.exclude)
-
-
-async def in_thread(work: Callable[[], _T]) -> _T:
-    """Run in a daemon thread, which a cancelled await leaves behind: it only looks.
-
-    Not an executor: its threads are joined at interpreter exit, so a hub that does not answer, or a
-    mount that hangs, would hold up the seconds that a pod has to stop.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[_T] = loop.create_future()
-
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if done.done():  # cancelled
-            return
-        if error is None:
-            done.set_result(cast(_T, result))
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001 - handed to the awaiter, whatever it is
-            failure = error
-        with suppress(RuntimeError):  # the loop is gone: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    threading.Thread(target=run, name="source", daemon=True).start()
-    return await done

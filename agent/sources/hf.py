@@ -33,8 +33,9 @@ from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
 from agent.layout import is_one_line
 from agent.model import Algorithm, Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
-from agent.sources.base import in_thread, pin
+from agent.sources.base import pin
 from agent.sources.session import bounded
+from agent.threads import looking
 
 _URI = re.compile(r"hf://(?P<repo>[^/:]+/[^/:]+)(?::(?P<revision>[^/]*))?(?:/(?P<below>.*))?")
 _ENDPOINT = re.compile(r"https?://[^/@?#\s]+(?:/[^@?#\s]*)?", re.IGNORECASE)
@@ -112,12 +113,12 @@ class HuggingFace:
 
     async def list(self, ref: ModelRef) -> Listing:
         # The client is synchronous; one listing is one thread for a second or two.
-        return await in_thread(lambda: self._list(ref))
+        return await looking(lambda: self._list(ref))
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         address = _parse(listing.ref.uri)
         path = quote(address.origin(file))
-        token = await in_thread(self._token)
+        token = await looking(self._token)
         return HttpLocator(
             url=f"{self._endpoint}/{address.repo}/resolve/{quote(listing.revision)}/{path}",
             headers={"Authorization": f"Bearer {token}"} if token else {},

@@ -13,9 +13,10 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from agent.errors import AgentError, Reason
-from agent.files import disk_errors, version_of
+from agent.files import source_errors, version_of
 from agent.model import Listing, Locator, ModelRef, PathLocator, RemoteFile
-from agent.sources.base import in_thread, pin, selected
+from agent.sources.base import pin, selected
+from agent.threads import looking
 
 
 class LocalPath:
@@ -25,11 +26,11 @@ class LocalPath:
         _path(ref)
 
     async def list(self, ref: ModelRef) -> Listing:
-        return await in_thread(lambda: _list(ref))
+        return await looking(lambda: _list(ref))
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         root = _path(listing.ref)
-        path = await in_thread(lambda: root if root.is_file() else root / file.path)
+        path = await looking(lambda: root if root.is_file() else root / file.path)
         return PathLocator(path=str(path), version=file.version)
 
 
@@ -56,7 +57,7 @@ def _path(ref: ModelRef) -> Path:
 
 def _list(ref: ModelRef) -> Listing:
     root = _path(ref)
-    with disk_errors(f"list {root}"):
+    with source_errors(f"list {root}"):
         try:
             files = [_file(root, root.name)] if not root.is_dir() else list(_walk(root, ref))
         except (FileNotFoundError, NotADirectoryError) as error:

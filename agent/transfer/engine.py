@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 import os
 import random
-import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
+from agent import threads
 from agent.backoff import Dice, in_place_delay
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, Locator
@@ -121,6 +121,7 @@ class Engine:
                     lambda cancellation: self._attempt(sink, tally, locator, cancellation)  # noqa: B023 - awaited before the next turn
                 )
             except AgentError as error:
+                mark = min(mark, sink.offset)  # a restart begins from nothing
                 if sink.offset - mark >= _PROGRESS_BYTES:
                     relocated, mark = False, sink.offset
                     failures[False] = 0
@@ -198,32 +199,9 @@ class Engine:
             self._buffers.give(taken)
 
     async def _in_thread(self, work: Callable[[Cancellation], _T]) -> _T:
-        """Run in a daemon thread that a cancelled await interrupts and then waits for.
-
-        Not an executor: its threads are joined at interpreter exit, so one in a ten-second connect
-        would hold up the ten seconds that a pod has to stop.
-        """
-        loop = asyncio.get_running_loop()
+        """Run in a thread that a cancelled await interrupts and then waits for."""
         cancellation = Cancellation()
-        done: asyncio.Future[_T] = loop.create_future()
-
-        def settle(result: _T | None, error: BaseException | None) -> None:
-            if not done.done():
-                if error is None:
-                    done.set_result(cast(_T, result))
-                else:
-                    done.set_exception(error)
-
-        def run() -> None:
-            result, failure = None, None
-            try:
-                result = work(cancellation)
-            except BaseException as error:  # noqa: BLE001 - handed to the awaiter, whatever it is
-                failure = error
-            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
-                loop.call_soon_threadsafe(settle, result, failure)
-
-        threading.Thread(target=run, name="transfer", daemon=True).start()
+        done = threads.begin(lambda: work(cancellation))
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:

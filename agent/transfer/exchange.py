@@ -191,7 +191,11 @@ class Exchange:
 
 def _joined(url: str, target: str) -> str:
     """Where a Location points to. What no URL may hold is escaped, as browsers do."""
-    return urljoin(url, quote(target.encode("latin-1", "replace"), safe=_URL_SYNTAX))
+    try:
+        return urljoin(url, quote(target.encode("latin-1", "replace"), safe=_URL_SYNTAX))
+    except ValueError as error:
+        where = without_query(url)
+        raise AgentError(Reason.BAD_RESPONSE, f"{where} redirects to no URL") from error
 
 
 def _placed(
@@ -287,6 +291,8 @@ def network_errors(what: str) -> Iterator[None]:
     except http.client.HTTPException as error:
         what_else = type(error).__name__ if not str(error) else str(error)
         raise AgentError(Reason.NETWORK, f"cannot {what}: {what_else[:200]}") from error
+    except UnicodeError as error:  # a host name that DNS cannot carry
+        raise AgentError(Reason.BAD_RESPONSE, f"cannot {what}: not a host name") from error
     except OSError as error:  # refused, reset, no route, no such host, TLS
         text = error.strerror or str(error)
         raise AgentError(Reason.NETWORK, f"cannot {what}: {text[:200]}") from error

@@ -5,7 +5,7 @@ import os
 import stat
 
 from agent.errors import AgentError, Reason
-from agent.files import disk_errors, version_of
+from agent.files import source_errors, version_of
 from agent.model import PathLocator
 
 
@@ -32,7 +32,7 @@ class LocalBody:
             raise AgentError(Reason.SOURCE_CHANGED, f"{self.where} changed since it was listed")
 
     def read_into(self, view: memoryview) -> int:
-        with disk_errors(f"read {self.where}"):
+        with source_errors(f"read {self.where}"):
             count = os.preadv(self._file, [view], self._offset)
         self._check()  # after the read: what was read before a change is good
         self._offset += count
@@ -43,7 +43,7 @@ class LocalBody:
 
 
 def _open(path: str) -> int:
-    with disk_errors(f"open {path}"):
+    with source_errors(f"open {path}"):
         try:
             # Without O_NONBLOCK, a fifo would hang here for ever.
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

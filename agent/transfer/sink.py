@@ -5,6 +5,7 @@ finds and goes on behind it. Nothing is believed before `prove`.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -196,11 +197,16 @@ def _open(path: Path) -> int:
 def hash_file(
     path: Path, *, size: int, promised: Digest | None, buffer: bytearray, cancellation: Cancellation
 ) -> str | None:
-    """The SHA-256 of a regular file of that size that keeps the promise; None for any other."""
+    """The SHA-256 of a regular file of that size that keeps the promise; None for any other.
+
+    Raises AgentError where it is us who cannot read (too many open files, no right to): a file that
+    is thrown away for that would be a good one.
+    """
     try:
         # Without O_NONBLOCK, a fifo would hang here for ever.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except OSError as error:
+        _raise_unless_wrong(error, path)
         return None
     hashes = Hashes(size, promised)
     view, offset = memoryview(buffer), 0
@@ -216,8 +222,21 @@ def hash_file(
             if offset > size:
                 return None
             hashes.update(view[:count])
-    except OSError:
-        return None  # cannot be read: as good as wrong
+    except OSError as error:
+        _raise_unless_wrong(error, path)
+        return None
     finally:
         os.close(file)
     return hashes.sha256 if offset == size and hashes.keeps_the_promise() else None
+
+
+_WRONG = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EUCLEAN}
+)
+
+
+def _raise_unless_wrong(error: OSError, path: Path) -> None:
+    """Absent, not a file, or on a bad sector: as good as wrong, and mended by fetching it again."""
+    if error.errno not in _WRONG:
+        with disk_errors(f"read {path.name}"):
+            raise error

@@ -10,7 +10,7 @@ import pytest
 from agent import layout
 from agent.model import cache_key
 from tests.conftest import FILES, REPO, URI
-from tests.fakes.hub import Hub, Slow
+from tests.fakes.hub import Hub, Slow, Status
 from tests.machine import Agent, Machine, files_of, until
 
 KEY = cache_key(URI)
@@ -218,14 +218,14 @@ def test_a_repair_whose_source_is_gone_says_why_and_leaves_the_rest(
 ) -> None:
     localmodel("pull", URI).ok()
     _spoil(localmodel.model(URI) / "config.json")
-    hub.stop()
+    hub.fault("config.json", Status(404))
     done = localmodel("verify", URI, "--repair", "-o", "json")
     assert done.code == 1
     verified, failed = done.json
     assert verified["bad"] == ["config.json"]
-    assert failed["reason"] == "NetworkError"
+    assert failed["reason"] == "FileNotFound"
     assert localmodel.sealed() == set(), "wrong bytes are off offer"
-    hub.start()
+    hub.clear_faults()
     hub.clear()
     localmodel("pull", URI).ok()
     assert hub.bytes_sent() == len(FILES["config.json"]), "the good files were kept"

@@ -31,7 +31,7 @@ class Witness(Publisher):
         self.seen: dict[CacheKey, list[Phase]] = {}
         self.illegal: list[str] = []
 
-    def publish(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
+    def witness(self, facts: Mapping[CacheKey, Facts]) -> None:
         for key, fact in facts.items():
             history, now = self.seen.setdefault(key, []), fact.phase
             if now is None or (history and history[-1] is now):
@@ -41,7 +41,7 @@ class Witness(Publisher):
             history.append(now)
         for key in set(self.seen) - set(facts):
             del self.seen[key]
-        super().publish(facts, desired)
+        super().witness(facts)
 
 
 class Volume:

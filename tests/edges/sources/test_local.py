@@ -182,4 +182,4 @@ async def test_what_may_not_be_read(closed: str) -> None:
                 await _list_and_bring(model, into)
         finally:
             os.seteuid(0)
-        assert caught.value.reason is Reason.PERMISSION_DENIED
+        assert caught.value.reason is Reason.SOURCE_UNREADABLE
