@@ -41,12 +41,11 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.RESOLVING: frozenset(
         {Phase.PENDING, Phase.FETCHING, Phase.VERIFYING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
     ),
-    Phase.FETCHING: frozenset(
-        {Phase.PENDING, Phase.VERIFYING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
-    ),
-    Phase.VERIFYING: frozenset(
-        {Phase.PENDING, Phase.FETCHING, Phase.READY, Phase.FAILED, Phase.PARTIAL}
-    ),
+    # Back to resolving: other patterns are wanted now than those it was begun with.
+    Phase.FETCHING: (_WORK - {Phase.FETCHING})
+    | {Phase.PENDING, Phase.READY, Phase.FAILED, Phase.PARTIAL},
+    Phase.VERIFYING: (_WORK - {Phase.VERIFYING})
+    | {Phase.PENDING, Phase.READY, Phase.FAILED, Phase.PARTIAL},
     # A damaged model leaves Ready at once and is mended in place of being trusted.
     Phase.READY: frozenset({Phase.PENDING, Phase.FETCHING, Phase.VERIFYING, Phase.FAILED}),
     Phase.FAILED: _WORK | {Phase.PENDING, Phase.READY, Phase.PARTIAL},

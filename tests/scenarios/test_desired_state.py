@@ -124,7 +124,10 @@ def test_whatever_is_in_the_files_the_agent_lives_and_says_what_is_wrong(
     bad = {
         "kind": (cache_yaml("kind", URI).replace("LocalModelCache", "Secret"), "kind is 'Secret'"),
         "hostile": (cache_yaml("../../x", URI), "'../../x' is not a name"),
-        "uri": (cache_yaml("uri", URI).replace(f'"{URI}"', "7"), "sourceModelUri 7 is not a URI"),
+        "uri": (
+            cache_yaml("uri", URI).replace(f'"{URI}"', "7"),
+            "sourceModelUri of type int is not",
+        ),
         "value": ("created: 2026-99-99\n", "a value does not fit its type"),
         "control": ("a: \x00\n", "not YAML"),
     }
@@ -244,10 +247,12 @@ def test_an_expected_fingerprint_guards_a_cache(
 
 def test_a_status_of_an_earlier_life_is_removed(localmodel: Machine) -> None:
     localmodel.status_directory.mkdir()
-    (localmodel.status_directory / "gone.json").write_text("{}")
+    (localmodel.status_directory / "gone.json").write_text('{"modelStatus": "ModelDownloaded"}')
+    (localmodel.status_directory / "not-ours.json").write_text("{}")
     agent = localmodel.agent().wait_ready()
     until(lambda: agent.status("gone") == {})
     until(lambda: not (localmodel.status_directory / "gone.json").exists())
+    assert (localmodel.status_directory / "not-ours.json").exists()
 
 
 def test_the_metrics_tell_lookups_bytes_states_and_disk(
