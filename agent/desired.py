@@ -18,9 +18,10 @@ from agent.errors import AgentError
 from agent.kube import parse
 from agent.kube.parse import Cache
 from agent.model import CacheKey, Want
+from agent.threads import looking
 
-_FILE_BYTES = 4 * 1024 * 1024
-"""A thousand caches; parsing takes a hundred times the memory of the text."""
+_FILE_BYTES = 1024 * 1024
+"""A thousand caches; parsing takes seconds and a hundred times the memory of the text."""
 
 _POLL_SECONDS = 1.0  # a stat of a few files; inotify is blind on the network mounts of some users
 
@@ -62,7 +63,7 @@ class DesiredDirectory:
         """The desired state now, and again after every change. Never ends."""
         last: Desired | None = None
         while True:
-            now = await asyncio.to_thread(self.read)
+            now = await looking(self.read)
             if now != last:
                 last = now
                 yield now
@@ -156,7 +157,7 @@ def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, .
     errors: list[SpecError] = []
     line = 1
     try:
-        for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
+        for node in yaml.compose_all(text, Loader=_Loader):
             line = node.start_mark.line + 1
             raw = _constructed(node)
             if raw is None:
@@ -173,6 +174,16 @@ def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, .
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         errors.append(SpecError(name=path.stem, message=f"{where}: not YAML: {problem}"))
     return tuple(caches), tuple(errors)
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a kilobyte of them can stand for more than the memory of the node."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
 
 
 def _constructed(node: yaml.Node) -> object:

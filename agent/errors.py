@@ -27,6 +27,7 @@ class Reason(StrEnum):
     SOURCE_CHANGED = "SourceChanged"
     DISK_FULL = "DiskFull"
     INSUFFICIENT_CAPACITY = "InsufficientCapacity"
+    STOPPED = "Stopped"
     # Wrong bytes: tried again, and reported if they stay wrong.
     SIZE_MISMATCH = "SizeMismatch"
     DIGEST_MISMATCH = "DigestMismatch"
@@ -116,6 +117,12 @@ RULES: Mapping[Reason, Rule] = {
         first_seconds=_SOON,
         cap_seconds=300.0,
         advice="the source changed while it was read; it is listed again by itself",
+    ),
+    Reason.STOPPED: Rule(
+        first_seconds=_SOON,
+        cap_seconds=300.0,
+        heals=True,
+        advice="ask again when the agent runs; what arrived is kept",
     ),
     Reason.DISK_FULL: Rule(
         first_seconds=_MINUTE,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent import layout
 from agent.desired import Desired, SpecError
 from agent.errors import AgentError, Reason
 from agent.files import disk_errors
@@ -31,14 +32,15 @@ class StatusDirectory:
     def __init__(self, preferred: Path, fallback: Path) -> None:
         self._path = preferred if _writable(preferred) else fallback
         with disk_errors(f"make the status directory {self._path}"):
-            self._path.mkdir(parents=True, exist_ok=True)
+            self._make()
             # Of an earlier life; the first `write` says what is true now.
             stale = [path.stem for path in self._path.glob("*.json") if _is_ours(path)]
-        self._written = dict.fromkeys(stale, "")
+        self._written: dict[str, str] = dict.fromkeys(stale, "")
 
-    @property
-    def path(self) -> Path:
-        return self._path
+    def _make(self) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._path.chmod(layout.DIRECTORY_MODE)
+        self._written = {}
 
     def write(self, bodies: Mapping[str, Body]) -> None:
         """Make the directory say exactly this. Raises AgentError."""
@@ -59,8 +61,11 @@ class StatusDirectory:
         if self._written.get(name) == text:
             return
         with disk_errors(f"write the status of {name}"):
+            if not self._path.is_dir():  # somebody removed it: all of it is to be written again
+                self._make()
             aside = self._path / ".status.new"
             aside.write_text(text)
+            aside.chmod(layout.NOTE_MODE)  # for everybody, whatever the umask
             aside.replace(self._path / f"{name}.json")
         self._written[name] = text
 

@@ -125,7 +125,7 @@ class Reconciler:
         self._trash = asyncio.Event()
         self._reclaiming = 0
         self._look_at = 0.0
-        self.turned_at = clock()
+        self.turned_at = time.monotonic()  # not `clock`: that one may be set, also by days
         self.ready = asyncio.Event()
         """Set after the first turn: what is on offer is known."""
 
@@ -232,12 +232,7 @@ class Reconciler:
         await self._index.open()
         found_attempts = await self._index.attempts()
         # A restart is a reason to try what would otherwise never be tried again.
-        # And a clock that was wrong when it failed must not put it off for years.
-        known.attempts = {
-            key: replace(attempt, retry_at=min(attempt.retry_at, self._clock() + _LONGEST_SECONDS))
-            for key, attempt in found_attempts.items()
-            if attempt.retry_at != inf
-        }
+        known.attempts = {k: a for k, a in found_attempts.items() if a.retry_at != inf}
         self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
         for key, found, used in await looking(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
@@ -258,7 +253,7 @@ class Reconciler:
                 running.task.cancel()
             if self._running:
                 await asyncio.wait([running.task for running in self._running.values()])
-            self._pulls.refuse_all(AgentError(Reason.NETWORK, "the agent stops; bytes are kept"))
+            self._pulls.refuse_all(AgentError(Reason.STOPPED, "the agent stops; bytes are kept"))
 
     async def _turns(self) -> None:
         while True:
@@ -268,8 +263,8 @@ class Reconciler:
                 decided = await self._turn()
                 wake_at = min(wake_at, decided.wake_at or wake_at)
                 self._metrics.turns.labels(result="ok").inc()
-                self.turned_at = self._clock()
-                self._metrics.last_turn.set(self.turned_at)
+                self.turned_at = time.monotonic()
+                self._metrics.last_turn.set(self._clock())
                 self.ready.set()
             except AgentError as error:
                 # The disk is away, say. Nothing was decided; look again soon.
@@ -331,9 +326,16 @@ class Reconciler:
             damaged=frozenset(known.damaged),
             ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
             jobs={key: running.tally.job for key, running in self._running.items()},
-            attempts=known.attempts,
+            attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
             in_use=await self._in_use(),
         )
+
+    def _bounded(self, attempt: Attempt) -> Attempt:
+        """A clock that was wrong when it failed must not put the next try off for years."""
+        latest = self._clock() + _LONGEST_SECONDS
+        if attempt.retry_at == inf or attempt.retry_at <= latest:
+            return attempt
+        return replace(attempt, retry_at=latest)
 
     async def _volume(self) -> Volume:
         space = await looking(self._space)
@@ -348,7 +350,7 @@ class Reconciler:
 
     async def _look_at_all(self) -> None:
         """Names and sizes of every sealed model, twice a minute."""
-        if self._clock() < self._look_at:
+        if 0 < self._look_at - self._clock() <= _LOOK_SECONDS:  # else the clock was set back
             return
         self._look_at = self._clock() + _LOOK_SECONDS
         for key, found in list(self._known.sealed.items()):

@@ -47,7 +47,7 @@ def socket_address(state: Path) -> tuple[str, int | None]:
 
 
 def health_app(
-    reconciler: Reconciler, metrics: Metrics, clock: Callable[[], float] = time.time
+    reconciler: Reconciler, metrics: Metrics, clock: Callable[[], float] = time.monotonic
 ) -> web.Application:
     """What anybody on the network may ask."""
 
@@ -140,6 +140,7 @@ async def serve_socket(app: web.Application, state: Path) -> AsyncIterator[None]
     """Serve the verbs in the state directory. The lock on the volume says that nobody else does."""
     name, directory = socket_address(state)
     (state / layout.SOCKET).unlink(missing_ok=True)
+    ours = 0
     # aiohttp cancels a handler whose client went away only if told to; a pull nobody watches
     # any more is to be cancelled.
     runner = web.AppRunner(
@@ -148,9 +149,12 @@ async def serve_socket(app: web.Application, state: Path) -> AsyncIterator[None]
     await runner.setup()
     try:
         await web.UnixSite(runner, name).start()
+        ours = (state / layout.SOCKET).stat().st_ino
         yield
     finally:
         await runner.cleanup()
-        (state / layout.SOCKET).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # aiohttp has removed it, or somebody else did
+            if (state / layout.SOCKET).stat().st_ino == ours:
+                (state / layout.SOCKET).unlink()
         if directory is not None:
             os.close(directory)

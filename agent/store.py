@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from agent import layout, lock, manifest, pinned, trees
+from agent import layout, manifest, pinned, trees
 from agent.errors import AgentError, Reason
 from agent.files import Files, disk_errors
+from agent.lock import Lock
 from agent.manifest import Manifest
 from agent.model import (
     CacheKey,
@@ -27,6 +28,15 @@ from agent.trash import Trash
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
 
+_DIRECTORIES = (
+    (layout.MODELS, layout.DIRECTORY_MODE),
+    (layout.MANIFESTS, layout.DIRECTORY_MODE),
+    (layout.PROGRESS, layout.DIRECTORY_MODE),
+    (layout.PINS, layout.DIRECTORY_MODE),
+    (layout.INGEST, layout.PRIVATE_MODE),
+    (layout.TRASH, layout.PRIVATE_MODE),
+)
+
 
 class Store:
     """One volume. `root` is the directory that the serving pods' volume points at."""
@@ -34,7 +44,7 @@ class Store:
     def __init__(self, root: Path, files: Files | None = None) -> None:
         self.root = root
         self._files = files or Files()
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         self._trash = Trash(root / layout.TRASH, self._files)
 
     # -- the volume ---------------------------------------------------------------------------
@@ -50,7 +60,7 @@ class Store:
                 self.root.parent.mkdir(parents=True, exist_ok=True)
                 self._files.make_directory(self.root, layout.DIRECTORY_MODE)
             self._files.make_directory(self.root / layout.HIDDEN, layout.DIRECTORY_MODE)
-            self._lock = lock.take(self.root / layout.LOCK)
+            self._lock = Lock(self.root / layout.LOCK)
             try:
                 self._make_directories()
             except BaseException:
@@ -58,21 +68,14 @@ class Store:
                 raise
 
     def _make_directories(self) -> None:
-        for name, mode in (
-            (layout.MODELS, layout.DIRECTORY_MODE),
-            (layout.MANIFESTS, layout.DIRECTORY_MODE),
-            (layout.PROGRESS, layout.DIRECTORY_MODE),
-            (layout.PINS, layout.DIRECTORY_MODE),
-            (layout.INGEST, layout.PRIVATE_MODE),
-            (layout.TRASH, layout.PRIVATE_MODE),
-        ):
+        for name, mode in _DIRECTORIES:
             self._files.make_directory(self.root / name, mode)
         self._files.sync_directory(self.root / layout.HIDDEN)
         self._files.sync_directory(self.root)
 
     def close(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     # -- looking ------------------------------------------------------------------------------
@@ -183,6 +186,9 @@ class Store:
         layout.check_paths(file.path for file in listing.files)
         key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
+            if not all((self.root / name).is_dir() for name, _ in _DIRECTORIES):
+                # Somebody removed one under us: that must not fail every seal until a restart.
+                self._make_directories()
             self._settle(key)
             _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
             previous = self.listing(key)

@@ -10,6 +10,7 @@ process and its children; the hub's own does not count, but it shares the cores.
 """
 
 import argparse
+import os
 import platform
 import shutil
 import statistics
@@ -37,20 +38,13 @@ def main() -> None:
 
 def machine() -> str:
     """The conditions, without which no number means anything."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.processor()
+    return (
+        f"{os.cpu_count()} cores ({model}), Python {platform.python_version()},"
+        f" Linux {platform.release().partition('-')[0]}"
     )
-    cores = sum(line.startswith("processor") for line in _cpuinfo())
-    return f"{cores} cores ({model}), Python {platform.python_version()}, {platform.release()}"
-
-
-def _cpuinfo() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().splitlines()
 
 
 def measure(origin: Origin, work: Path, runs: int) -> dict[str, list[Result]]:

@@ -80,6 +80,3 @@ class Origin:
             self._hub.terminate()
             self._hub.wait(15)
         shutil.rmtree(self._root, ignore_errors=True)
-
-    def url(self, name: str) -> str:
-        return f"{self.endpoint}/{REPOSITORY}/resolve/main/{name}"

@@ -35,9 +35,17 @@ def run(argv: Sequence[str], *, program: str = "localmodel") -> int:
         return 130
     except BrokenPipeError:
         # The reader went away (`| head`). Python would complain once more while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
+        return 1
+    except OSError as error:  # of the output: all others have a reason
+        _close_output()
+        print(f"error: cannot write the output: {error.strerror or error}", file=sys.stderr)
         return 1
     return code
+
+
+def _close_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser(program: str = "localmodel") -> argparse.ArgumentParser:

@@ -112,7 +112,7 @@ def test_what_is_no_file_is_named_and_does_not_hang_us(directory: Path) -> None:
         ("[" * 3000, "not YAML: "),
         ("just text", "the document is not an object"),
         ("- a\n- list", "the document is not an object"),
-        ("a: 1\na: 2", "apiVersion is None"),
+        ("a: 1\na: 2", "apiVersion is of type NoneType"),
     ],
     ids=range(12),
 )
@@ -160,3 +160,24 @@ def test_an_unchanged_directory_is_not_parsed_again(
     before = watched.read()
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read again"))
     assert watched.read() == before
+
+
+def test_a_bomb_of_aliases_is_a_refusal_and_not_an_outage(tmp_path: Path) -> None:
+    """Nine levels of nine: a kilobyte that would be gigabytes in memory or in a message."""
+    levels = ["a0: &a0 x"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*levels, "apiVersion: *a9"]) + "\n")
+    merges = ["x0: &m0 {a: 1}"]
+    merges += [f"x{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}" for n in range(1, 29)]
+    (tmp_path / "merge.yaml").write_text("\n".join(merges) + "\n")
+    found = DesiredDirectory(tmp_path).read()
+    assert {error.name: error.message for error in found.errors} == {
+        "bomb": "bomb.yaml line 2: not YAML: aliases are not supported",
+        "merge": "merge.yaml line 2: not YAML: aliases are not supported",
+    }
+
+
+def test_a_file_too_large_to_be_meant_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_text("# " + "x" * 1024 * 1024)
+    (error,) = DesiredDirectory(tmp_path).read().errors
+    assert "larger than 1048576 bytes" in error.message or "too large" in error.message.lower()

@@ -937,3 +937,36 @@ def _remove(target: Path) -> None:
         rmtree(target)
     else:
         target.unlink()
+
+
+def test_a_lock_file_that_somebody_removed_lets_nobody_in(root: Path) -> None:
+    store = Store(root)
+    store.open()
+    try:
+        (root / layout.LOCK).unlink()
+        with pytest.raises(AgentError) as caught:
+            Store(root).open()
+        assert caught.value.reason is Reason.LOCKED
+    finally:
+        store.close()
+    again = Store(root)
+    again.open()
+    again.close()
+
+
+def test_a_directory_that_somebody_removed_is_made_again(root: Path) -> None:
+    store = Store(root)
+    store.open()
+    try:
+        (root / layout.MODELS).rmdir()
+        (root / layout.MANIFESTS).rmdir()
+        listing = Listing(
+            ref=ModelRef(uri="file:///x"),
+            revision="1",
+            files=(RemoteFile(path="a", size=0, origin="a"),),
+        )
+        store.begin(listing)
+        assert (root / layout.MODELS).is_dir()
+        assert (root / layout.MANIFESTS).is_dir()
+    finally:
+        store.close()
