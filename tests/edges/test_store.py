@@ -17,7 +17,7 @@ import pytest
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.files import Files
-from agent.model import Digest, RemoteFile
+from agent.model import Digest, Listing, ModelRef, RemoteFile
 from agent.store import Store
 from tests.edges.volume import (
     CONTENTS,
