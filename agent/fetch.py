@@ -153,9 +153,11 @@ class Fetcher:
         async def locate() -> Locator:
             return await source.locate(listing, file)
 
+        received_bytes = self._metrics.download_bytes.labels(source=scheme(tally.want))
+
         def on_bytes(done: int, received: int) -> None:
             tally.add(done, received)
-            self._metrics.download_bytes.labels(source=scheme(tally.want)).inc(received)
+            received_bytes.inc(received)
 
         def on_retry(error: AgentError) -> None:
             self._metrics.retries.labels(source=scheme(tally.want), reason=error.reason.value).inc()
