@@ -189,6 +189,12 @@ class Reconciler:
         found = self._running.get(key)
         return found.tally if found else None
 
+    def on_its_way(self, key: CacheKey) -> bool:
+        """Whether somebody asked for it already, and the last try has not failed. Between the
+        listing and the download, and in the queue, no job runs and yet it is coming."""
+        wanted = key in self._running or key in self._wants()
+        return wanted and key not in self._known.attempts
+
     def failure(self, key: CacheKey) -> Attempt | None:
         return self._known.attempts.get(key)
 

@@ -73,7 +73,7 @@ class Service:
     async def _lookup(self, key: CacheKey) -> Result:
         if await self._reconciler.look(key):
             return "hit"
-        return "joined" if self._reconciler.running(key) else "miss"
+        return "joined" if self._reconciler.on_its_way(key) else "miss"
 
     async def _wait(self, pull: Pull) -> AsyncGenerator[Event, None]:
         """Progress until the pull has its answer."""
