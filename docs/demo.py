@@ -43,7 +43,8 @@ _CONFIG = {
 
 def main() -> None:
     begun = time.monotonic()
-    shutil.rmtree(HERE, ignore_errors=True)
+    for name in ("cache", "desired", "hub", "upstream"):  # and not what its user put beside them
+        shutil.rmtree(HERE / name, ignore_errors=True)
     (HERE / "desired").mkdir(parents=True)
     with ExitStack() as stack:
         say("1. A hub on this machine, with a safetensors model of two shards")

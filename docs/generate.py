@@ -49,7 +49,9 @@ def _states() -> Iterator[tuple[str, str, str]]:
 def reasons() -> str:
     head = [_NOTE.format(source="agent/errors.py"), "# Reasons\n"]
     head.append("Why something failed: in status, Events, logs, metrics and on the command line.")
-    head.append("Times are between two tries of a model; the first doubles up to the last.\n")
+    head.append("Times are between two tries of a model: the first doubles up to the last, each is")
+    head.append("shortened at random to no less than half, and a `Retry-After` of up to an hour is")
+    head.append("waited for. Where the reason heals by itself, KServe reads `ModelDownloading`.\n")
     rows = []
     for reason, rule in RULES.items():
         first, cap = rule.first_seconds, rule.cap_seconds
