@@ -227,11 +227,7 @@ def _announced(response: http.client.HTTPResponse, expected: int, where: str) ->
     """The length of the body; None if it is chunked (then the end of the stream decides)."""
     if response.length is None:
         return None
-    if response.length != expected:
-        raise AgentError(
-            Reason.SIZE_MISMATCH,
-            f"{where} has {response.length} bytes where the listing says {expected}",
-        )
+    _check_size(response.length, expected, where)
     return expected
 
 
