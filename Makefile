@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench docs lock clean
+.PHONY: demo test check bench docs lock control-plane clean
 
 demo: $(READY)
 	@$(BIN)/python -m docs.demo
@@ -33,6 +33,11 @@ lock: $(READY)
 	@$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes \
 	  --no-emit-index-url --no-header --quiet -o requirements.lock
+
+# etcd and the Kubernetes binaries of the tests, from the Go module proxy, into a cache directory.
+K8S_VERSION ?= v1.36.3
+control-plane:
+	@tests/controlplane/build.sh $(K8S_VERSION)
 
 clean:
 	rm -rf $(VENV) .demo .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -11,22 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from agent import __version__, disk, layout
+from agent.arrivals import Arrivals
+from agent.cluster import Cluster
 from agent.config import Settings, listen_address
-from agent.desired import Desired, DesiredDirectory
+from agent.desired import DesiredDirectory
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher
 from agent.files import disk_errors
 from agent.index import Index
+from agent.kube.client import Api
 from agent.metrics import Metrics
-from agent.publish import Publisher, StatusDirectory
-from agent.reconcile import Policy, Reconciler
-from agent.server import health_app, serve_socket, serve_tcp, verbs_app
+from agent.publish import Publisher, Status, StatusDirectory
+from agent.reconcile import InUse, Policy, Reconciler, unknown_use
+from agent.server import Health, health_app, serve_socket, serve_tcp, verbs_app
 from agent.service import Service
 from agent.sources import Sources
 from agent.store import Store
+from agent.threads import looking
 from agent.transfer import Engine
+from agent.volume import Volume
+from agent.wishes import NOTHING, Desired
 
 _log = logging.getLogger(__name__)
+
+USER_AGENT = f"localmodel-agent/{__version__}"
+
+_AGAIN_SECONDS = 5.0
+"""How often an obstacle is looked at again, and whether the disk is still the one we opened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,53 +46,84 @@ class Cache:
     """One open volume with everything that works on it, not turning yet."""
 
     store: Store
+    index: Index
     reconciler: Reconciler
     service: Service
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What an open cache has to do with the world around it, where there is one."""
+
+    status: Status | None = None
+    in_use: InUse = unknown_use
+    in_use_now: InUse = unknown_use
+    retain: bool = True
+
+
+def new_metrics(settings: Settings) -> Metrics:
+    metrics = Metrics()
+    metrics.watch_disk(settings.root, disk.space, disk.traffic)
+    return metrics
+
+
 @contextlib.asynccontextmanager
-async def open_cache(settings: Settings, *, sources: Sources | None = None) -> AsyncIterator[Cache]:
-    """Take the volume, bring it into order. Raises Locked when another process has it."""
-    store = Store(settings.root)
+async def open_cache(
+    settings: Settings,
+    *,
+    metrics: Metrics | None = None,
+    around: Surroundings | None = None,
+    sources: Sources | None = None,
+) -> AsyncIterator[Cache]:
+    """Take the volume, bring it into order.
+
+    Raises Locked when another process has it, DiskMissing when its disk is not there.
+    """
+    metrics, around = metrics or new_metrics(settings), around or Surroundings()
+    state = settings.state_directory
+    volume, store = Volume(settings.root, state), Store(settings.root)
+    await asyncio.to_thread(volume.check, require_dedicated=settings.require_dedicated)
     await asyncio.to_thread(store.open)
     try:
-        state = settings.state_directory
         await asyncio.to_thread(_make_private, state)
+        await asyncio.to_thread(volume.remember)
         async with _opened_index(state, store) as index:
-            metrics = Metrics()
-            metrics.watch_disk(settings.root, disk.space, disk.traffic)
             engine = Engine(
                 connections=settings.connections,
                 bytes_per_second=settings.max_rate,
                 stall_seconds=settings.stall_seconds,
-                user_agent=f"localmodel-agent/{__version__}",
+                user_agent=USER_AGENT,
             )
             fetcher = Fetcher(
                 store=store, sources=sources or Sources(), engine=engine, metrics=metrics
             )
-            status = None
-            if settings.desired is not None:
-                status = StatusDirectory(
-                    settings.desired / layout.STATUS, fallback=state / layout.STATUS
-                )
             reconciler = Reconciler(
                 store=store,
                 index=index,
                 fetcher=fetcher,
-                publisher=Publisher(store, metrics, status),
+                publisher=Publisher(store, metrics, around.status),
                 metrics=metrics,
                 space=partial(disk.space, settings.root),
                 policy=Policy(
                     high=settings.high / 100,
                     low=settings.low / 100,
                     max_fetches=settings.max_fetches,
+                    retain=around.retain,
                 ),
+                in_use=around.in_use,
+                in_use_now=around.in_use_now,
             )
             await reconciler.start()
             service = Service(store=store, fetcher=fetcher, reconciler=reconciler, metrics=metrics)
             try:
-                yield Cache(store=store, reconciler=reconciler, service=service, metrics=metrics)
+                yield Cache(
+                    store=store,
+                    index=index,
+                    reconciler=reconciler,
+                    service=service,
+                    metrics=metrics,
+                )
             finally:
                 engine.close()
     finally:
@@ -100,7 +143,7 @@ def _make_private(state: Path) -> None:
     with disk_errors(f"make the state directory {state}"):
         state.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in state.iterdir()]
-        ours = (layout.INDEX, layout.SOCKET, layout.STATUS)
+        ours = (layout.INDEX, layout.SOCKET, layout.STATUS, layout.KNOWN_VOLUME)
         if not all(name.startswith(ours) for name in names):
             # `--state /tmp` must not close /tmp to everybody else.
             raise AgentError(
@@ -140,20 +183,24 @@ async def run_agent(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> None:
     """Everything an agent is, until cancelled."""
-    host, port = listen_address(settings.listen)
+    await (_serve_node(settings) if settings.node_name else _serve_alone(settings))
+
+
+async def _serve_alone(settings: Settings) -> None:
+    """Without a cluster: what a directory of YAML asks for, and what the verbs do."""
     async with contextlib.AsyncExitStack() as stack:
-        cache = await stack.enter_async_context(open_cache(settings))
-        app = health_app(cache.reconciler, cache.metrics)
-        bound = await stack.enter_async_context(serve_tcp(app, host, port))
-        _log.info("agent %s keeps %s, metrics on %s:%d", __version__, settings.root, host, bound)
+        around = Surroundings()
+        if settings.desired is not None:
+            fallback = settings.state_directory / layout.STATUS
+            await asyncio.to_thread(settings.root.mkdir, parents=True, exist_ok=True)
+            status = StatusDirectory(settings.desired / layout.STATUS, fallback=fallback)
+            around = Surroundings(status=status)
+        cache = await stack.enter_async_context(open_cache(settings, around=around))
+        await _announced(stack, settings, cache.reconciler, cache.metrics)
         wishes = _wishes(settings.desired)
         # Nothing is decided before the first listing of the desired state: absence is no command.
         first = await anext(wishes)
-        # The socket outlives the loop, so that who waits for a model is told why it does not come.
-        await stack.enter_async_context(
-            serve_socket(verbs_app(cache.service), settings.state_directory)
-        )
-        turns = await stack.enter_async_context(turning(cache, first))
+        turns = await stack.enter_async_context(_in_service(settings, cache, first))
         follow = asyncio.create_task(_follow(wishes, cache.reconciler))
         try:
             await _first([turns, follow], asyncio.Event().wait())
@@ -161,9 +208,90 @@ async def _serve(settings: Settings) -> None:
             follow.cancel()
 
 
+async def _announced(
+    stack: contextlib.AsyncExitStack, settings: Settings, health: Health, metrics: Metrics
+) -> None:
+    host, port = listen_address(settings.listen)
+    bound = await stack.enter_async_context(serve_tcp(health_app(health, metrics), host, port))
+    _log.info("agent %s keeps %s, metrics on %s:%d", __version__, settings.root, host, bound)
+
+
+@contextlib.asynccontextmanager
+async def _in_service(
+    settings: Settings, cache: Cache, desired: Desired
+) -> AsyncIterator[asyncio.Task[None]]:
+    """The loop and the verbs. The socket outlives the loop, so that who waits for a model is told
+    why it does not come."""
+    async with (
+        serve_socket(verbs_app(cache.service), settings.state_directory),
+        turning(cache, desired) as turns,
+    ):
+        yield turns
+
+
+async def _serve_node(settings: Settings) -> None:
+    """For one node of a cluster."""
+    metrics = new_metrics(settings)
+    api = Api(os.environ, user_agent=USER_AGENT)
+    await api.open()
+    cluster = Cluster(api, settings)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(api.close)
+        await _announced(stack, settings, cluster, metrics)
+        stack.push_async_callback(cluster.leave)
+        beside = [asyncio.create_task(work) for work in cluster.work()]
+        keeping = asyncio.create_task(_keep(settings, cluster, metrics))
+        try:
+            await _first([keeping, *beside], asyncio.Event().wait())
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
+
+
+async def _keep(settings: Settings, cluster: Cluster, metrics: Metrics) -> None:
+    """Manage the cache whenever nothing is in the way; say what is, when something is."""
+    await cluster.listed()
+    while True:
+        obstacle = cluster.obstacle()
+        if obstacle is None:
+            try:
+                obstacle = await _manage(settings, cluster, metrics)
+            except AgentError as error:
+                obstacle = error
+        cluster.refuse(obstacle)
+        await cluster.woken(_AGAIN_SECONDS)
+
+
+async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> AgentError:
+    """Until something is in the way; that is returned, or raised where the disk said so."""
+    around = Surroundings(
+        status=cluster, in_use=cluster.in_use, in_use_now=cluster.in_use_now, retain=False
+    )
+    async with open_cache(settings, metrics=metrics, around=around) as cache:
+        arrivals = Arrivals(reconciler=cache.reconciler, index=cache.index, metrics=metrics)
+        await arrivals.open()
+        cluster.manages(cache.reconciler, arrivals)
+        try:
+            desired = cluster.desired()
+            async with _in_service(settings, cache, desired) as turns:
+                while (obstacle := cluster.obstacle()) is None:
+                    if (now := cluster.desired()) != desired:
+                        desired = now
+                        cache.reconciler.desire(desired)
+                    await looking(cache.store.check)
+                    await arrivals.see(cluster.users())
+                    await _first([turns], cluster.woken(_AGAIN_SECONDS))
+                return obstacle
+        finally:
+            cluster.manages(None)
+
+
 async def _wishes(directory: Path | None) -> AsyncIterator[Desired]:
     if directory is None:
-        yield Desired(wants={}, names={})
+        yield NOTHING
         await asyncio.Event().wait()
         return
     async for desired in DesiredDirectory(directory).watch():

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,26 @@ def _directory(text: str) -> Path:
     return Path(text).absolute()
 
 
-def _setting(help: str, *, parse: Callable[[str], Any] = str, **options: Any) -> Any:
-    """A field with its documentation: the help text of its flag, and of docs/settings.md."""
-    return field(metadata={"help": help, "parse": parse}, **options)
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _setting(
+    help: str, *, parse: Callable[[str], Any] = str, variable: str = "", **options: Any
+) -> Any:
+    """A field with its documentation: the help text of its flag, and of docs/settings.md.
+
+    `variable` is its name in the environment, where the field gives another one than its own.
+    """
+    return field(metadata={"help": help, "parse": parse, "variable": variable}, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How one agent runs. Each field is a flag `--<name>` and a variable `LOCALMODEL_<NAME>`."""
+    """How one agent runs. Each field is a flag `--<name>` and a variable `LOCALMODEL_<NAME>`,
+    but for the names that a pod's downward API gives (`NODE_NAME`)."""
 
     root: Path = _setting(
         "the cache: the directory that the serving pods' volume points at (default:"
@@ -65,6 +77,24 @@ class Settings:
         "a directory of LocalModelCache YAML: what this machine should hold",
         parse=_directory,
         default=None,
+    )
+    node_name: str | None = _setting(
+        "the node of a cluster to work for: read its LocalModelNode, and say there what is here",
+        variable="NODE_NAME",
+        default=None,
+    )
+    pod_name: str | None = _setting(
+        "the agent's own pod, where it runs in one", variable="POD_NAME", default=None
+    )
+    pod_namespace: str = _setting(
+        "the namespace of the agent, and of its Lease",
+        variable="POD_NAMESPACE",
+        default="localmodel-system",
+    )
+    require_dedicated: bool = _setting(
+        "refuse a cache that is on the machine's own file system, also at the first start",
+        parse=_boolean,
+        default=False,
     )
     listen: str = _setting("host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810")
     connections: int = _setting("files in flight at once, over all models", parse=int, default=8)
@@ -87,6 +117,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        if self.node_name and self.desired:
+            raise _invalid("--desired is for a machine without a cluster: NODE_NAME names a node")
         if not 0 < self.low <= self.high <= 100:
             raise _invalid(
                 f"--low {self.low:g} and --high {self.high:g} must be 0 < low <= high <= 100"
@@ -112,16 +144,24 @@ def listen_address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
+def variable_of(setting: "Field[Any]") -> str:
+    """The name of a setting in the environment."""
+    return setting.metadata["variable"] or f"LOCALMODEL_{setting.name.upper()}"
+
+
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the flags of these settings, or of all. What is not given stays out of the namespace."""
     for setting in fields(Settings):
         if not names or setting.name in names:
+            options: dict[str, Any] = {"metavar": setting.name.upper()}
+            if setting.type is bool:
+                options |= {"nargs": "?", "const": "true"}
             parser.add_argument(
                 f"--{setting.name.replace('_', '-')}",
                 dest=setting.name,
                 default=argparse.SUPPRESS,
-                metavar=setting.name.upper(),
                 help=setting.metadata["help"],
+                **options,
             )
 
 
@@ -129,7 +169,7 @@ def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings of this process. Raises InvalidSpec naming the flag or the variable."""
     values: dict[str, Any] = {}
     for setting in fields(Settings):
-        variable = f"LOCALMODEL_{setting.name.upper()}"
+        variable = variable_of(setting)
         flag = f"--{setting.name.replace('_', '-')}"
         name, text = (
             (flag, flags[setting.name])

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import stat
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -17,30 +17,13 @@ import yaml
 from agent.errors import AgentError
 from agent.kube import parse
 from agent.kube.parse import Cache
-from agent.model import CacheKey, Want
 from agent.threads import looking
+from agent.wishes import Desired, SpecError, join
 
 _FILE_BYTES = 1024 * 1024
 """A thousand caches; parsing takes seconds and a hundred times the memory of the text."""
 
 _POLL_SECONDS = 1.0  # a stat of a few files; inotify is blind on the network mounts of some users
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecError:
-    """One document that asks for nothing, because it cannot be understood. `name` is unique."""
-
-    name: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Desired:
-    """What should be here. `names` leads from a cache's name to its key."""
-
-    wants: dict[CacheKey, Want]
-    names: dict[str, CacheKey]
-    errors: tuple[SpecError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,43 +95,9 @@ class DesiredDirectory:
 
     def _merge(self, errors: tuple[SpecError, ...]) -> Desired:
         """All files together, in the order of their names: the later one is the newer one."""
-        wants: dict[CacheKey, Want] = {}
-        names: dict[str, CacheKey] = {}
-        found = [*errors, *(error for file in self._files.values() for error in file.errors)]
-        for filename, file in self._files.items():
-            for cache in file.caches:
-                problem = _conflict(cache, wants, names)
-                if problem is not None:
-                    found.append(SpecError(name=cache.name, message=f"{filename}: {problem}"))
-                    continue
-                names[cache.name] = cache.want.key
-                wants[cache.want.key] = _joined(wants.get(cache.want.key), cache.want)
-        return Desired(wants=wants, names=names, errors=tuple(found))
-
-
-def _conflict(cache: Cache, wants: dict[CacheKey, Want], names: dict[str, CacheKey]) -> str | None:
-    if cache.name in names:
-        return f"there is already a LocalModelCache {cache.name}; this one is ignored"
-    other = wants.get(cache.want.key)
-    if other is None or (
-        other.ref == cache.want.ref and other.expect_fingerprint == cache.want.expect_fingerprint
-    ):
-        return None
-    others = ", ".join(sorted(other.names))
-    return (
-        f"{cache.name} and {others} want {cache.want.ref.uri} with different patterns or"
-        f" fingerprints; make them agree (this one is ignored)"
-    )
-
-
-def _joined(first: Want | None, second: Want) -> Want:
-    if first is None:
-        return second
-    return replace(
-        first,
-        names=first.names | second.names,
-        priority=max(first.priority, second.priority),
-    )
+        found = (error for file in self._files.values() for error in file.errors)
+        caches = ((name, cache) for name, file in self._files.items() for cache in file.caches)
+        return join(caches, (*errors, *found))
 
 
 def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, ...]]:

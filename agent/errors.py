@@ -28,6 +28,8 @@ class Reason(StrEnum):
     DISK_FULL = "DiskFull"
     INSUFFICIENT_CAPACITY = "InsufficientCapacity"
     STOPPED = "Stopped"
+    API_SERVER = "ApiServerError"
+    OTHER_AGENT = "OtherAgent"
     # Wrong bytes: tried again, and reported if they stay wrong.
     SIZE_MISMATCH = "SizeMismatch"
     DIGEST_MISMATCH = "DigestMismatch"
@@ -47,7 +49,11 @@ class Reason(StrEnum):
     PERMISSION_DENIED = "PermissionDenied"
     DISK_ERROR = "DiskError"
     FOREIGN_DIRECTORY = "ForeignDirectory"
+    DISK_MISSING = "DiskMissing"
     LOCKED = "Locked"
+    # Somebody must act on the cluster.
+    FORBIDDEN = "Forbidden"
+    PATH_MISMATCH = "PathMismatch"
     # Only another request can help.
     INVALID_SPEC = "InvalidSpec"
     UNSUPPORTED = "Unsupported"
@@ -123,6 +129,18 @@ RULES: Mapping[Reason, Rule] = {
         cap_seconds=300.0,
         heals=True,
         advice="ask again when the agent runs; what arrived is kept",
+    ),
+    Reason.API_SERVER: Rule(
+        first_seconds=0.5,
+        cap_seconds=30.0,
+        heals=True,
+        advice="downloads and pods go on meanwhile; check that the API server is reachable",
+    ),
+    Reason.OTHER_AGENT: Rule(
+        first_seconds=_SOON,
+        cap_seconds=_SOON,
+        heals=True,
+        advice="take the other one off this node; this agent takes over by itself",
     ),
     Reason.DISK_FULL: Rule(
         first_seconds=_MINUTE,
@@ -215,6 +233,21 @@ RULES: Mapping[Reason, Rule] = {
         first_seconds=_MINUTE,
         cap_seconds=_SLOW,
         advice="a directory that this agent never made is in the way; move it away",
+    ),
+    Reason.DISK_MISSING: Rule(
+        first_seconds=_SOON,
+        cap_seconds=_SOON,
+        advice="mount the cache's disk; to begin anew on this one, remove <state>/volume",
+    ),
+    Reason.FORBIDDEN: Rule(
+        first_seconds=_SOON,
+        cap_seconds=_MINUTE,
+        advice="apply the agent's RBAC again (kubectl apply -k daemonset/overlays/kserve)",
+    ),
+    Reason.PATH_MISMATCH: Rule(
+        first_seconds=_SOON,
+        cap_seconds=_MINUTE,
+        advice="make the node group's volume and the DaemonSet's hostPath the same directory",
     ),
     Reason.LOCKED: Rule(
         first_seconds=inf,

@@ -57,6 +57,16 @@ def models_and_attempts(db: Database) -> None:
     )
 
 
+@migrations()
+def asked_and_pods(db: Database) -> None:
+    db.execute("create table asked (key text primary key) strict")
+    db.execute(
+        "create table pods (uid text primary key, result text not null, seen_at real not null)"
+        " strict"
+    )
+    db.execute("create table counts (result text primary key, pods integer not null) strict")
+
+
 class Index:
     """The index of one volume. Every coroutine is one transaction.
 
@@ -90,12 +100,12 @@ class Index:
 
         await self._note(statement)
 
-    async def record_use(self, key: CacheKey, when: float) -> None:
-        """One use. `when` is Unix seconds; time does not run backwards for an entry."""
+    async def record_use(self, key: CacheKey, when: float, *, uses: int = 1) -> None:
+        """`when` is Unix seconds; time does not run backwards for an entry."""
         await self._note(
             lambda db: db.execute(
-                "update models set uses = uses + 1, last_used = max(last_used, ?) where key = ?",
-                [when, key],
+                "update models set uses = uses + ?, last_used = max(last_used, ?) where key = ?",
+                [uses, when, key],
             )
         )
 
@@ -118,6 +128,42 @@ class Index:
 
     async def attempts(self) -> dict[CacheKey, Attempt]:
         return await self._run(_attempts)
+
+    async def record_asked(self, key: CacheKey) -> None:
+        """The desired state asked for this key."""
+        await self._note(lambda db: db.execute("insert or ignore into asked values (?)", [key]))
+
+    async def forget_asked(self, key: CacheKey) -> None:
+        await self._note(lambda db: db.execute("delete from asked where key = ?", [key]))
+
+    async def asked(self) -> set[CacheKey]:
+        return await self._run(
+            lambda db: {CacheKey(key) for (key,) in db.execute("select key from asked").fetchall()}
+        )
+
+    async def record_pod(self, uid: str, result: str, when: float) -> None:
+        """A pod was counted. The number outlives the row, which is kept while the pod is there."""
+
+        def statement(db: Database) -> None:
+            db.execute("insert or replace into pods values (?, ?, ?)", [uid, result, when])
+            db.execute(
+                "insert into counts values (?, 1) on conflict do update set pods = pods + 1",
+                [result],
+            )
+
+        await self._note(statement)
+
+    async def forget_pod(self, uid: str) -> None:
+        await self._note(lambda db: db.execute("delete from pods where uid = ?", [uid]))
+
+    async def pods(self) -> tuple[set[str], dict[str, int]]:
+        """The pods that were counted and may still be there, and how many there were by result."""
+
+        def statement(db: Database) -> tuple[set[str], dict[str, int]]:
+            uids = {uid for (uid,) in db.execute("select uid from pods").fetchall()}
+            return uids, dict(db.execute("select result, pods from counts").fetchall())
+
+        return await self._run(statement)
 
     async def last_uses(self) -> dict[CacheKey, float]:
         """Unix seconds of the last use of each sealed model."""

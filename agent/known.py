@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from agent.desired import Desired
 from agent.errors import AgentError, Reason
 from agent.manifest import Manifest
 from agent.model import (
@@ -23,6 +22,7 @@ from agent.model import (
     Want,
 )
 from agent.status import Facts
+from agent.wishes import Desired
 
 
 @dataclass(slots=True)
@@ -42,6 +42,8 @@ class Known:
     attempts: dict[CacheKey, Attempt] = field(default_factory=dict)
     blocked: Mapping[CacheKey, Block] = field(default_factory=dict)
     started: dict[CacheKey, float] = field(default_factory=dict)
+    asked_for: set[CacheKey] = field(default_factory=set)
+    """Keys that the desired state has asked for, in this life or an earlier one."""
 
     def entry(self, key: CacheKey) -> Entry | None:
         found = self.sealed.get(key)

@@ -19,6 +19,7 @@ PINS = f"{HIDDEN}/pins"
 INGEST = f"{HIDDEN}/ingest"
 TRASH = f"{HIDDEN}/trash"
 LOCK = f"{HIDDEN}/lock"
+VOLUME = f"{HIDDEN}/volume"  # who this volume is
 STATE = f"{HIDDEN}/state"  # the embedded default; a DaemonSet keeps its state on the node instead
 
 # Inside ingest/<key>/. A name under `tree` has been proven and fsynced; `partial` has not.
@@ -30,6 +31,7 @@ PARTIAL = "partial"
 INDEX = "index.sqlite3"
 SOCKET = "agent.sock"
 STATUS = "status"
+KNOWN_VOLUME = "volume"  # which volume this machine had last
 
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o444
@@ -72,6 +74,14 @@ def ingest(key: CacheKey) -> str:
 def is_key(name: str) -> bool:
     """Whether a directory entry can be a key of ours."""
     return len(name) == 16 and all(c in "0123456789abcdef" for c in name)
+
+
+def key_in(subpath: str) -> CacheKey | None:
+    """The key in `models/<key>` or anything below it: what a mount of a volume shows."""
+    parts = subpath.strip("/").split("/")
+    if len(parts) >= 2 and parts[0] == MODELS and is_key(parts[1]):
+        return CacheKey(parts[1])
+    return None
 
 
 def key_of_manifest(name: str) -> tuple[CacheKey, str] | None:

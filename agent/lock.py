@@ -24,6 +24,7 @@ class Lock:
             self._held.append(file)
             directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._held.append(directory)
+            self._directory = directory
             with suppress(OSError):  # not every file system locks directories
                 self._take(directory, path)
             self._take(file, path)
@@ -43,6 +44,13 @@ class Lock:
                 f"another agent or command (process {_holder(file)}) already manages"
                 f" {file.parent.parent}",
             ) from None
+
+    def is_on(self, path: Path) -> bool:
+        """Whether `path` is on the very file system whose lock is held.
+
+        A disk that was mounted over the directory, or taken away from under it, is another one.
+        """
+        return path.stat().st_dev == os.fstat(self._directory).st_dev
 
     def release(self) -> None:
         while self._held:

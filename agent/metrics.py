@@ -55,6 +55,13 @@ class Metrics:
             ["result"],
             registry=registry,
         )
+        self.pod_wait_seconds = Histogram(
+            "localmodel_pod_wait_seconds",
+            "Seconds from a pod's arrival on the node until its model was on offer.",
+            ["result"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.downloads = Counter(
             "localmodel_downloads",
             "Tries to bring a model to its seal, by result: ok or the reason of the failure.",
@@ -126,6 +133,7 @@ class Metrics:
         for asked in RESULTS:
             self.requests.labels(result=asked)
             self.request_bytes.labels(result=asked)
+            self.pod_wait_seconds.labels(result=asked)
         for phase in Phase:
             self.models.labels(state=phase.value)
         for kind in ("sealed", "partial", "reserved"):

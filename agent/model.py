@@ -179,7 +179,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actual:
-    """What is there. `in_use` is None when it could not be established: then nothing is evicted."""
+    """What is there. `in_use` is None when it could not be established: then nothing is evicted.
+
+    `left` are keys that the desired state asked for once and does not any more, kept no longer.
+    """
 
     entries: Mapping[CacheKey, Entry]
     damaged: frozenset[CacheKey] = frozenset()
@@ -187,6 +190,7 @@ class Actual:
     jobs: Mapping[CacheKey, Job] = field(default_factory=dict)
     attempts: Mapping[CacheKey, Attempt] = field(default_factory=dict)
     in_use: frozenset[CacheKey] | None = None
+    left: frozenset[CacheKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +270,14 @@ class Evict:
     bytes: int
 
 
-Action = Resolve | Fetch | Cancel | Withdraw | Evict
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Give up what was begun of a model that left the desired state."""
+
+    key: CacheKey
+
+
+Action = Resolve | Fetch | Cancel | Withdraw | Evict | Abandon
 
 
 class Blocked(StrEnum):

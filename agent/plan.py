@@ -1,14 +1,15 @@
 """What to do next, from all that is known (aesthetics 2.5). Pure: no clock, no disk, no order.
 
 Called again after every change; it remembers nothing, so it can be wrong only about now. Order of
-decisions: stop what nobody wants, take damaged models off offer, make room where the file system
-is above its high mark, then serve the missing wants by priority.
+decisions: stop what nobody wants, take damaged models off offer, remove what left the desired
+state, make room where the file system is above its high mark, serve missing wants by priority.
 """
 
 from collections.abc import Iterable, Mapping
 from math import inf
 
 from agent.model import (
+    Abandon,
     Action,
     Actual,
     Attempt,
@@ -63,6 +64,7 @@ class _Planner:
     def run(self) -> Plan:
         self._cancel_the_unwanted()
         self._withdraw_the_damaged()
+        self._remove_what_left()
         self._drain_to_the_low_mark()
         for want in self._missing_wants():
             self._serve(want)
@@ -92,6 +94,23 @@ class _Planner:
         for key in sorted(self.actual.damaged):
             if key in self.actual.entries and key not in self.actual.jobs:
                 self.actions.append(Withdraw(key))
+
+    def _remove_what_left(self) -> None:
+        """What its users took out of the desired state goes at once, unless a pod still reads it.
+
+        Its age does not matter: this is no guess about who may come, somebody has said so.
+        """
+        used = self.actual.in_use
+        for key in sorted(self.actual.left - set(self.desired) - set(self.actual.jobs)):
+            entry = self.actual.entries.get(key)
+            if used is None or key in used or key in self.actual.damaged:
+                continue
+            if entry is not None:
+                self.actions.append(Evict(key, entry.bytes))
+                self.room += entry.bytes
+                self.victims = [victim for victim in self.victims if victim.key != key]
+            elif key in self.actual.ingests:
+                self.actions.append(Abandon(key))
 
     def _victims(self) -> list[Entry]:
         """What may be evicted, least recently used first. What frees nothing is no victim."""

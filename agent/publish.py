@@ -9,21 +9,27 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agent import layout
-from agent.desired import Desired, SpecError
-from agent.errors import AgentError, Reason
+from agent.errors import AgentError
 from agent.files import disk_errors
 from agent.metrics import Metrics
 from agent.model import CacheKey
 from agent.phases import TRANSITIONS, Phase
 from agent.status import KSERVE_STATUS, Facts, camel_case, model_status, progress_line
 from agent.store import Store
+from agent.wishes import Desired, SpecError
 
 Body = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
+
+
+class Status(Protocol):
+    """Where the status of every cache goes, by its name."""
+
+    def write(self, bodies: Mapping[str, Body]) -> None: ...
 
 
 class StatusDirectory:
@@ -73,7 +79,7 @@ class StatusDirectory:
 class Publisher:
     """Turns the facts of one moment into what users see."""
 
-    def __init__(self, store: Store, metrics: Metrics, status: StatusDirectory | None) -> None:
+    def __init__(self, store: Store, metrics: Metrics, status: Status | None) -> None:
         self._store = store
         self._metrics = metrics
         self._status = status
@@ -90,7 +96,7 @@ class Publisher:
         self._gauges(facts)
 
     def write(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
-        """The status files that changed. Waits for a disk, and one may be on a network."""
+        """The status of every cache. Waits for a disk, and one may be on a network."""
         if self._status is not None:
             try:
                 self._status.write(self._bodies(facts, desired))
@@ -165,7 +171,7 @@ def _refused(error: SpecError, before: Body) -> Body:
         "name": error.name,
         "state": Phase.FAILED.value,
         "modelStatus": KSERVE_STATUS[Phase.FAILED],
-        "reason": Reason.INVALID_SPEC.value,
+        "reason": error.reason.value,
         "message": message,
     }
 

@@ -17,7 +17,6 @@ from math import inf
 from typing import Any
 
 from agent.backoff import Dice, next_attempt
-from agent.desired import Desired
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
 from agent.index import Index
@@ -25,6 +24,7 @@ from agent.known import Known, agree
 from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import (
+    Abandon,
     Action,
     Actual,
     Attempt,
@@ -48,6 +48,7 @@ from agent.pulls import Pull, Pulls
 from agent.status import Facts
 from agent.store import Store
 from agent.threads import changing, looking
+from agent.wishes import Desired
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Policy:
     high: float
     low: float
     max_fetches: int
+    retain: bool = True
+    """Whether a model that leaves the desired state is kept until its room is needed."""
 
 
 class Reconciler:
@@ -101,6 +104,7 @@ class Reconciler:
         space: Callable[[], Space],
         policy: Policy,
         in_use: InUse = unknown_use,
+        in_use_now: InUse | None = None,
         clock: Callable[[], float] = time.time,
         dice: Dice = random.random,
     ) -> None:
@@ -112,6 +116,7 @@ class Reconciler:
         self._space = space
         self._policy = policy
         self._in_use = in_use
+        self._in_use_now = in_use_now or in_use
         self._clock = clock
         self._dice = dice
         self._flag = asyncio.Event()
@@ -176,6 +181,9 @@ class Reconciler:
             self._known.damaged[ref.key] = bad
         return self.pull(Want(ref=ref))
 
+    def not_ready(self) -> str | None:
+        return None if self.ready.is_set() else "looks at the cache"
+
     # -- asking -------------------------------------------------------------------------------
 
     def sealed(self) -> Mapping[CacheKey, Manifest]:
@@ -207,12 +215,12 @@ class Reconciler:
         self._note_damage(key, missing)
         return not missing
 
-    async def use(self, key: CacheKey) -> None:
-        """Somebody used a sealed model now."""
+    async def use(self, key: CacheKey, *, uses: int = 1) -> None:
+        """Somebody used a sealed model until now; `uses` is 0 for one who is counted already."""
         now = self._clock()
         before = self._known.last_used.get(key, 0.0)
         self._known.last_used[key] = max(now, before)
-        await self._index.record_use(key, now)
+        await self._index.record_use(key, now, uses=uses)
         if now - self._touched.get(key, 0.0) >= _TOUCH_SECONDS:
             self._touched[key] = now
             with suppress(AgentError):  # a mirror; the index has it
@@ -244,6 +252,7 @@ class Reconciler:
             known.sealed[key], known.last_used[key] = found, used
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
+        known.asked_for = await self._index.asked()
         known.ingests = await looking(self._store.ingests)
         known.mend_what_is_complete()
 
@@ -289,8 +298,10 @@ class Reconciler:
                 self.wake()  # the turn publishes how far they are
 
     async def _turn(self) -> Plan:
+        await looking(self._store.check)
         await self._settle_jobs()
         await self._forget_the_forgiven()
+        await self._note_the_wanted()
         await self._look_at_all()
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self._wants()
@@ -334,7 +345,26 @@ class Reconciler:
             jobs={key: running.tally.job for key, running in self._running.items()},
             attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
             in_use=await self._in_use(),
+            left=self._left(),
         )
+
+    async def _note_the_wanted(self) -> None:
+        """Remember which keys the desired state has asked for, also over a restart: what leaves it
+        while no agent runs has left it all the same."""
+        known = self._known
+        present = known.sealed.keys() | known.ingests.keys()
+        for key in known.desired.wants.keys() - known.asked_for:
+            await self._index.record_asked(key)
+            known.asked_for.add(key)
+        for key in known.asked_for - known.desired.wants.keys() - present - self._running.keys():
+            await self._index.forget_asked(key)
+            known.asked_for.discard(key)
+
+    def _left(self) -> frozenset[CacheKey]:
+        desired = self._known.desired
+        if self._policy.retain or not (self._hears and desired.complete):
+            return frozenset()
+        return frozenset(self._known.asked_for - self._wants().keys() - desired.spoken_for)
 
     def _bounded(self, attempt: Attempt) -> Attempt:
         """A clock that was wrong when it failed must not put the next try off for years."""
@@ -409,6 +439,11 @@ class Reconciler:
                 await self._withdraw(key)
             case Evict(key, size):
                 return await self._evict(key, size)
+            case Abandon(key):
+                await changing(lambda: self._store.abandon(key))
+                self._known.ingests = await looking(self._store.ingests)
+                self._known.mending.pop(key, None)
+                self._trash.set()
         return True
 
     async def _cancel(self, running: _Running) -> None:
@@ -439,7 +474,7 @@ class Reconciler:
         await changing(lambda: self._store.begin_retire(key))
         used = None
         try:
-            used = await self._in_use()
+            used = await self._in_use_now()
         finally:  # also where nobody can tell
             if used is None or key in used:
                 await changing(lambda: self._store.cancel_retire(key))

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -23,7 +23,6 @@ from agent import __version__, layout
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.metrics import Metrics
-from agent.reconcile import Reconciler
 from agent.service import Service
 
 _STALE_SECONDS = 180.0
@@ -46,8 +45,19 @@ def socket_address(state: Path) -> tuple[str, int | None]:
     return f"/proc/self/fd/{directory}/{layout.SOCKET}", directory
 
 
+class Health(Protocol):
+    """What the probes ask."""
+
+    @property
+    def turned_at(self) -> float:
+        """When the loop last turned, monotonic seconds."""
+
+    def not_ready(self) -> str | None:
+        """Why not, in a line; None when ready."""
+
+
 def health_app(
-    reconciler: Reconciler, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    health: Health, metrics: Metrics, clock: Callable[[], float] = time.monotonic
 ) -> web.Application:
     """What anybody on the network may ask."""
 
@@ -56,14 +66,14 @@ def health_app(
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(_: web.Request) -> web.Response:
-        age = clock() - reconciler.turned_at
+        age = clock() - health.turned_at
         if age > _STALE_SECONDS:
             return web.Response(status=503, text=f"no turn of the loop for {age:.0f} s\n")
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        if not reconciler.ready.is_set():
-            return web.Response(status=503, text="looking at the cache\n")
+        if (why := health.not_ready()) is not None:
+            return web.Response(status=503, text=f"{why}\n")
         return web.Response(text="ok\n")
 
     app = web.Application()

@@ -172,5 +172,8 @@ def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
 def _kserve(phase: Phase, attempt: Attempt | None) -> str:
     """Downloading while a retry by itself may succeed: Error flaps in KServe's controller."""
     if phase is Phase.FAILED and attempt is not None:
+        if attempt.reason is Reason.FOREIGN_DIRECTORY:
+            # There may well be a model, and it is not ours to speak for until it is adopted.
+            return KSERVE_STATUS[Phase.PENDING]
         return "ModelDownloading" if RULES[attempt.reason].heals else KSERVE_STATUS[phase]
     return KSERVE_STATUS[phase]

@@ -73,6 +73,15 @@ class Store:
         self._files.sync_directory(self.root / layout.HIDDEN)
         self._files.sync_directory(self.root)
 
+    def check(self) -> None:
+        """Raises DiskMissing when the directory is no longer the volume that was opened."""
+        with disk_errors(f"look at the cache directory {self.root}"):
+            if self._lock is not None and not self._lock.is_on(self.root):
+                raise AgentError(
+                    Reason.DISK_MISSING,
+                    f"another file system is mounted at {self.root} than the one that was opened",
+                )
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()

@@ -15,7 +15,7 @@ from math import isinf
 from pathlib import Path
 
 from agent.cli.command import parser
-from agent.config import Settings
+from agent.config import Settings, variable_of
 from agent.errors import RULES
 from agent.metrics import Metrics
 from agent.model import Space, Traffic
@@ -102,7 +102,7 @@ def settings() -> str:
     rows = []
     for setting in fields(Settings):
         flag = f"`--{setting.name.replace('_', '-')}`"
-        variable = f"`LOCALMODEL_{setting.name.upper()}`"
+        variable = f"`{variable_of(setting)}`"
         default = "" if setting.default in (MISSING, None) else f"`{setting.default}`"
         rows.append((flag, variable, default, setting.metadata["help"]))
     return "\n".join([*head, _table(("Flag", "Variable", "Default", "Meaning"), rows)])

@@ -51,10 +51,10 @@ async def changing(settings: Settings) -> AsyncIterator[Session]:
             yield agent
             return
         from agent.app import open_cache, turning  # slow to import, and often not needed
-        from agent.desired import Desired
+        from agent.wishes import NOTHING
 
         cache = await stack.enter_async_context(open_cache(settings))
-        await stack.enter_async_context(turning(cache, Desired(wants={}, names={})))
+        await stack.enter_async_context(turning(cache, NOTHING))
         yield cache.service
 
 

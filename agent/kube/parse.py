@@ -1,13 +1,15 @@
 """Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+from agent import layout
 from agent.errors import AgentError, Reason
 from agent.layout import is_one_line
-from agent.model import ModelRef, Want
+from agent.model import CacheKey, ModelRef, Want
 
 GROUP = "serving.kserve.io"
 VERSION = "v1alpha1"
@@ -17,12 +19,89 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # RFC 1123 subdomai
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
+KEYS = f"{ANNOTATIONS}/keys"
+AGENT_LABEL = ("app.kubernetes.io/name", "localmodel-agent")
+
+_KSERVE_AGENT = "kserve-localmodelnode-agent"
+_KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
     """One LocalModelCache, as far as a node cares."""
 
     name: str
     want: Want
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheMeta:
+    """A cache without its spec: what a node watches of it (design D16)."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+    created: str
+    annotations: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One entry of a LocalModelNode. `name` is the key of its status (kserve.md 9.1.3)."""
+
+    name: str
+    namespace: str
+    model: str
+    uri: str
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeObject:
+    """A LocalModelNode. `refused` are entries that nobody can understand, with what is wrong."""
+
+    uid: str
+    version: str
+    entries: tuple[ModelEntry, ...]
+    refused: tuple[tuple[str, str], ...]
+    status: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A LocalModelNodeGroup. `path` is the directory of its volume on a node, "" for a volume that
+    has none (NFS, CSI)."""
+
+    name: str
+    path: str
+
+
+class PodRole(StrEnum):
+    """What a pod is to the cache, beside a user of models."""
+
+    USER = "user"
+    AGENT = "agent"  # of ours
+    KSERVE_AGENT = "kserve-agent"
+    DOWNLOAD_JOB = "download-job"  # KServe's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """A pod of the node, as far as the cache cares.
+
+    `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
+    model; `host_paths` lead from the path in its first container to the path on the node.
+    """
+
+    uid: str
+    namespace: str
+    name: str
+    role: PodRole
+    finished: bool
+    keys: frozenset[CacheKey]
+    claims: frozenset[str]
+    host_paths: Mapping[str, str]
 
 
 def cache(raw: Any) -> Cache:
@@ -40,24 +119,124 @@ def cache(raw: Any) -> Cache:
             f"metadata.name {_shown(name)} is not a name (lower case letters, digits, - and .)"
         )
     spec = _mapping(raw, "spec")
-    uri = spec.get("sourceModelUri")
-    if not isinstance(uri, str) or not uri or not uri.isprintable():
-        raise _invalid(f"spec.sourceModelUri {_shown(uri)} is not a URI")
-    notes = _annotations(metadata)
+    uri = _uri(spec, "spec.sourceModelUri")
+    return Cache(name=name, want=want(uri, name, _annotations(metadata)))
+
+
+def want(uri: str, name: str, annotations: Mapping[str, str]) -> Want:
+    """What a cache asks for. Raises InvalidSpec naming the annotation."""
+    notes = _ours(annotations)
     ref = ModelRef(
         uri=uri,
         include=patterns(notes.get("include", "")),
         exclude=patterns(notes.get("exclude", "")),
     )
-    return Cache(
-        name=name,
-        want=Want(
-            ref=ref,
-            names=frozenset({name}),
-            priority=_integer(notes, "priority"),
-            expect_fingerprint=fingerprint(notes.get("expect-fingerprint")),
-        ),
+    return Want(
+        ref=ref,
+        names=frozenset({name}),
+        priority=_integer(notes, "priority"),
+        expect_fingerprint=fingerprint(notes.get("expect-fingerprint")),
     )
+
+
+def cache_meta(raw: Mapping[str, Any], kind: str) -> CacheMeta:
+    """From a PartialObjectMetadata, whose own kind says nothing."""
+    metadata = _mapping(raw, "metadata")
+    return CacheMeta(
+        kind=kind,
+        namespace=metadata.get("namespace", ""),
+        name=metadata["name"],
+        uid=metadata.get("uid", ""),
+        created=metadata.get("creationTimestamp") or "",
+        annotations=_ours_only(_annotations(metadata)),
+    )
+
+
+def node(raw: Mapping[str, Any]) -> NodeObject:
+    """A LocalModelNode; neither its spec nor its status need be there (kserve-observed.md 13)."""
+    metadata = _mapping(raw, "metadata")
+    found = (raw.get("spec") or {}).get("localModels") or []
+    entries: dict[str, ModelEntry] = {}
+    refused: dict[str, str] = {}
+    for item in found:
+        model, namespace = item.get("modelName") or "", item.get("namespace") or ""
+        name = f"{namespace}/{model}" if namespace else model
+        try:
+            uri = _uri(item, "sourceModelUri")
+        except AgentError as error:
+            refused[name] = error.message
+            continue
+        entries[name] = ModelEntry(
+            name=name,
+            namespace=namespace,
+            model=model,
+            uri=uri,
+            group=item.get("nodeGroup") or "",
+        )
+    return NodeObject(
+        uid=metadata.get("uid", ""),
+        version=metadata.get("resourceVersion", ""),
+        entries=tuple(entries.values()),
+        refused=tuple(refused.items()),
+        status=raw.get("status") or {},
+    )
+
+
+def group(raw: Mapping[str, Any]) -> Group:
+    volume = (raw.get("spec") or {}).get("persistentVolumeSpec") or {}
+    source = volume.get("local") or volume.get("hostPath") or {}
+    return Group(name=_mapping(raw, "metadata")["name"], path=source.get("path") or "")
+
+
+def pod(raw: Mapping[str, Any]) -> Pod:
+    metadata, spec = _mapping(raw, "metadata"), raw.get("spec") or {}
+    labels = metadata.get("labels") or {}
+    volumes = {volume["name"]: volume for volume in spec.get("volumes") or []}
+    keys: set[CacheKey] = set()
+    claims: set[str] = set()
+    host_paths: dict[str, str] = {}
+    for container in _containers(spec):
+        for mount in container.get("volumeMounts") or []:
+            volume = volumes.get(mount["name"], {})
+            subpath = mount.get("subPath") or mount.get("subPathExpr") or ""
+            if (directory := volume.get("hostPath")) is not None:
+                host_paths.setdefault(mount["mountPath"], directory["path"])
+            elif (claim := volume.get("persistentVolumeClaim")) is None:
+                continue
+            elif key := layout.key_in(subpath):
+                keys.add(key)
+            elif subpath.strip("/") in ("", layout.MODELS):
+                claims.add(claim["claimName"])
+    relied = (metadata.get("annotations") or {}).get(KEYS)
+    if relied is not None:  # the hook says which models of the whole claim it meant
+        keys |= {CacheKey(key) for key in relied.split(",") if layout.is_key(key)}
+        claims.clear()
+    return Pod(
+        uid=metadata["uid"],
+        namespace=metadata.get("namespace", ""),
+        name=metadata["name"],
+        role=_role(labels, volumes),
+        finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
+        keys=frozenset(keys),
+        claims=frozenset(claims),
+        host_paths=host_paths,
+    )
+
+
+def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for kind in ("containers", "initContainers", "ephemeralContainers"):
+        yield from spec.get(kind) or []
+
+
+def _role(labels: Mapping[str, str], volumes: Mapping[str, Any]) -> PodRole:
+    if labels.get("control-plane") == _KSERVE_AGENT:
+        return PodRole.KSERVE_AGENT
+    if labels.get(AGENT_LABEL[0]) == AGENT_LABEL[1]:
+        return PodRole.AGENT
+    # Its Jobs carry these two (kserve.md 3.4); no serving pod does.
+    if _KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
+        return PodRole.DOWNLOAD_JOB
+    return PodRole.USER
 
 
 def patterns(text: str) -> tuple[str, ...]:
@@ -92,14 +271,29 @@ def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _annotations(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Ours, without their prefix."""
+def _uri(raw: Mapping[str, Any], field: str) -> str:
+    uri = raw.get("sourceModelUri")
+    if not isinstance(uri, str) or not uri or not uri.isprintable():
+        raise _invalid(f"{field} {_shown(uri)} is not a URI")
+    return uri
+
+
+def _annotations(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     found = metadata.get("annotations") or {}
     if not isinstance(found, Mapping):
         raise _invalid("metadata.annotations is not an object")
+    return found
+
+
+def _ours_only(annotations: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in annotations.items() if key.startswith(f"{ANNOTATIONS}/")}
+
+
+def _ours(annotations: Mapping[str, Any]) -> dict[str, str]:
+    """Ours, without their prefix."""
     prefix = f"{ANNOTATIONS}/"
     result = {}
-    for key, value in found.items():
+    for key, value in annotations.items():
         if isinstance(key, str) and key.startswith(prefix):
             if not isinstance(value, str):
                 raise _invalid(f"the annotation {key} must be a string: quote its value")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import layout
-from agent.desired import Desired
+from agent.wishes import Desired
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.manifest import Manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent import layout
-from agent.desired import Desired
+from agent.wishes import Desired
 from agent.errors import AgentError, Reason
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase

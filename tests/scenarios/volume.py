@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from agent import layout
-from agent.desired import Desired
+from agent.wishes import Desired
 from agent.fetch import Fetcher
 from agent.index import Index
 from agent.metrics import Metrics

@@ -1,0 +1,313 @@
+"""What the API server says to one node, and what the node says back (design D15, D16).
+
+Five watches, a Lease, a status, Events; nothing else is ever asked of the API server. The cache
+itself is kept by `reconcile`, which does not know that there is a cluster.
+"""
+
+import asyncio
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from agent import __version__, disk, usage
+from agent.arrivals import Arrivals
+from agent.config import Settings
+from agent.errors import AgentError, Reason
+from agent.kube import parse
+from agent.kube.client import Api, ApiError
+from agent.kube.events import Recorder, Subject
+from agent.kube.lease import Lease
+from agent.kube.nodestatus import compose, disk_numbers
+from agent.kube.parse import CacheMeta, Group, NodeObject, Pod
+from agent.kube.watch import Watch
+from agent.kube.writer import StatusWriter
+from agent.model import CacheKey
+from agent.phases import Phase
+from agent.publish import Body
+from agent.reconcile import Reconciler
+from agent.wishes import Desired, of_node
+
+_log = logging.getLogger(__name__)
+
+_SERVING = f"/apis/{parse.GROUP}/{parse.VERSION}"
+_REASONS = frozenset(reason.value for reason in Reason)
+
+
+class Cluster:
+    """One node's side of a cluster."""
+
+    def __init__(
+        self, api: Api, settings: Settings, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        assert settings.node_name is not None
+        self._api = api
+        self._settings = settings
+        self._clock = clock
+        self._me = _identity(settings)
+        self._loop = asyncio.get_running_loop()
+        self._flag = asyncio.Event()
+        self._reconciler: Reconciler | None = None
+        self._arrivals: Arrivals | None = None
+        self._bodies: Mapping[str, Body] = {}
+        self._disk: dict[str, int] | None = None
+        self._refusal: AgentError | None = None
+        node = settings.node_name
+        self._node = Watch(
+            api,
+            f"{_SERVING}/localmodelnodes",
+            parse=parse.node,
+            changed=self._node_changed,
+            params={"fieldSelector": f"metadata.name={node}"},
+        )
+        self._on_node = {"fieldSelector": f"spec.nodeName={node}"}
+        self._pods = Watch(
+            api, "/api/v1/pods", parse=parse.pod, changed=self.wake, params=self._on_node
+        )
+        self._groups: Watch[Group] = Watch(
+            api, f"{_SERVING}/localmodelnodegroups", parse=parse.group, changed=self.wake
+        )
+        self._caches = self._metadata("localmodelcaches", "LocalModelCache")
+        # KServe 0.17 and older has no such kind.
+        self._namespace_caches = self._metadata(
+            "localmodelnamespacecaches", "LocalModelNamespaceCache", may_be_absent=True
+        )
+        self._lease = Lease(
+            api,
+            settings.pod_namespace,
+            node,
+            holder=self._me,
+            gone=lambda holder: usage.holder_is_gone(holder, self._pods.objects),
+            changed=self.wake,
+        )
+        self._writer = StatusWriter(
+            api, node, compose=self._compose, contested=self._tell_of_another_writer
+        )
+        self._recorder = Recorder(api, node=node)
+
+    def _metadata(self, plural: str, kind: str, *, may_be_absent: bool = False) -> Watch[CacheMeta]:
+        return Watch(
+            self._api,
+            f"{_SERVING}/{plural}",
+            parse=lambda raw: parse.cache_meta(raw, kind),
+            changed=self.wake,
+            metadata_only=True,
+            may_be_absent=may_be_absent,
+        )
+
+    @property
+    def _watches(self) -> tuple[Watch[Any], ...]:
+        return self._node, self._pods, self._groups, self._caches, self._namespace_caches
+
+    def work(self) -> list[Coroutine[Any, Any, None]]:
+        """Everything that goes on beside the cache, each until cancelled."""
+        others = (self._writer.run(), self._recorder.run())
+        return [*(watch.run() for watch in self._watches), self._hold_the_lease(), *others]
+
+    async def _hold_the_lease(self) -> None:
+        await self._pods.listed.wait()  # else nobody can tell whether the last holder is gone
+        await self._lease.run()
+
+    async def leave(self) -> None:
+        """Say the last word and let the next agent in."""
+        try:
+            await self._writer.flush()
+        except ApiError as error:
+            _log.info("the last status is not written: %s", error.message)
+        await self._lease.release()
+
+    # -- hearing ------------------------------------------------------------------------------
+
+    async def listed(self) -> None:
+        """Wait until every list has arrived once: before that, absence means nothing."""
+        for watch in self._watches:
+            await watch.listed.wait()
+
+    def wake(self) -> None:
+        self._flag.set()
+
+    async def woken(self, seconds: float) -> None:
+        """Wait for a change, or so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._flag.wait()
+        except TimeoutError:
+            pass
+        self._flag.clear()
+
+    def _node_changed(self) -> None:
+        self._writer.seen(self._object)
+        self.wake()
+
+    @property
+    def _object(self) -> NodeObject | None:
+        return next(iter(self._node.objects.values()), None)
+
+    @property
+    def _served(self) -> str:
+        return usage.served_at(str(self._settings.root), self._pods.objects.values(), self._me)
+
+    def desired(self) -> Desired:
+        metas = (*self._caches.objects.values(), *self._namespace_caches.objects.values())
+        return of_node(
+            self._object,
+            {(meta.namespace, meta.name): meta for meta in metas},
+            self._groups.objects,
+            served=self._served,
+        )
+
+    def obstacle(self) -> AgentError | None:
+        """Why this agent must not manage the cache now."""
+        return usage.rival(self._pods.objects.values()) or self._lease.obstacle()
+
+    # -- who uses what ------------------------------------------------------------------------
+
+    async def in_use(self) -> frozenset[CacheKey] | None:
+        """The models in use by the pods of the node, as far as the watch has heard."""
+        if not self._pods.current or self._pods.unreadable:
+            return None
+        return self._all_keys(self._pods.objects)
+
+    async def in_use_now(self) -> frozenset[CacheKey] | None:
+        """The same by a list of its own, by quorum; None where the server cannot answer."""
+        try:
+            page = await self._api.get("/api/v1/pods", self._on_node)
+            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in page.get("items") or []}
+        except (AgentError, LookupError, TypeError, AttributeError) as error:
+            _log.warning("nobody can tell who uses the models: %s", error)
+            return None
+        return self._all_keys(pods)
+
+    def users(self) -> dict[str, frozenset[CacheKey]]:
+        """The models that each pod uses, by UID, of those that have not ended."""
+        pods = (pod for pod in self._pods.objects.values() if not pod.finished)
+        return self._keys({pod.uid: pod for pod in pods})
+
+    def _all_keys(self, pods: Mapping[str, Pod]) -> frozenset[CacheKey]:
+        return frozenset().union(*self._keys(pods).values())
+
+    def _keys(self, pods: Mapping[str, Pod]) -> dict[str, frozenset[CacheKey]]:
+        sealed = self._reconciler.sealed().keys() if self._reconciler else ()
+        entries = self._object.entries if self._object else ()
+        claims = usage.claims(self._groups.objects, {entry.model for entry in entries})
+        served = self._served
+        return {
+            uid: usage.keys_of(pod, sealed=sealed, claims=claims, served=served)
+            for uid, pod in pods.items()
+        }
+
+    # -- saying -------------------------------------------------------------------------------
+
+    def manages(self, reconciler: Reconciler | None, arrivals: Arrivals | None = None) -> None:
+        """The cache is open; None: not any more."""
+        self._reconciler, self._arrivals = reconciler, arrivals
+        if reconciler is None:
+            return
+        if self._refusal is not None:
+            _log.info("manages the cache")
+        self._refusal = None
+
+    def refuse(self, obstacle: AgentError) -> None:
+        """Nothing is managed, and this is why."""
+        before, self._refusal = self._refusal, obstacle
+        if before is None or before.message != obstacle.message:
+            _log.warning("does not manage the cache: %s", obstacle.message)
+            self._tell_the_node("Warning", obstacle.reason, obstacle.message)
+        self._writer.changed()
+
+    def not_ready(self) -> str | None:
+        """Why this agent is not ready, for its probe; None when it is."""
+        if self._refusal is not None:
+            return f"{self._refusal.reason}: {self._refusal.message}"
+        if self._reconciler is None:
+            return "waits for the API server"
+        return None if self._reconciler.ready.is_set() else "looks at the cache"
+
+    @property
+    def turned_at(self) -> float:
+        """When the loop last turned, monotonic; without a cache there is none to turn."""
+        return self._reconciler.turned_at if self._reconciler else time.monotonic()
+
+    def write(self, bodies: Mapping[str, Body]) -> None:
+        """The models as they are now. Called on a thread that may wait for the disk."""
+        space = disk.space(self._settings.root)
+        reserved = sum(
+            body["bytes"] - body["downloadedBytes"]
+            for body in bodies.values()
+            if body["state"] in (Phase.FETCHING, Phase.VERIFYING)
+        )
+        limit = int(space.capacity * self._settings.high / 100)
+        numbers = disk_numbers(space, limit=limit, reserved=reserved)
+        self._loop.call_soon_threadsafe(self._said, dict(bodies), numbers)
+
+    def _said(self, bodies: dict[str, Body], numbers: dict[str, int]) -> None:
+        for name, body in bodies.items():
+            self._tell_of_change(name, self._bodies.get(name, {}), body)
+        self._bodies, self._disk = bodies, numbers
+        self._writer.changed()
+
+    def _compose(self, node: NodeObject) -> dict[str, Any] | None:
+        """None while somebody else may be writing: KServe's agent, or another of ours."""
+        refusal = self._refusal
+        if refusal is not None and refusal.reason is Reason.OTHER_AGENT:
+            return None
+        if refusal is None and (self._reconciler is None or not self._reconciler.ready.is_set()):
+            return None
+        names = [*(entry.name for entry in node.entries), *(name for name, _ in node.refused)]
+        return compose(
+            names,
+            self._bodies,
+            obstacle=refusal,
+            disk=self._disk,
+            hits=self._arrivals.hits if self._arrivals else 0,
+            misses=self._arrivals.misses if self._arrivals else 0,
+            version=__version__,
+            before=node.status,
+            now=self._clock(),
+        )
+
+    def _tell_of_change(self, name: str, before: Body, now: Body) -> None:
+        """One Event for a model that came, and for each failure, on its cache and on the node."""
+        reason, state = now.get("reason"), now["state"]
+        if (state, reason, now.get("retryAt")) == (
+            before.get("state"),
+            before.get("reason"),
+            before.get("retryAt"),
+        ):
+            return
+        if reason in _REASONS:
+            self._tell(name, "Warning", Reason(reason), now.get("message", ""))
+        elif state == Phase.READY and before.get("state") not in (None, Phase.READY):
+            message = f"{now['uri']} is on offer at {now['path']}, {now['bytes']} bytes"
+            self._tell(name, "Normal", Phase.READY, message)
+
+    def _tell(self, name: str, kind: Any, reason: Reason | Phase, message: str) -> None:
+        self._tell_the_node(kind, reason, f"{name}: {message}")
+        namespace, _, model = name.rpartition("/")
+        watch = self._namespace_caches if namespace else self._caches
+        meta = watch.objects.get(name)
+        if meta is not None:
+            node = f"node {self._settings.node_name}: {message}"
+            subject = Subject(meta.kind, namespace, model, meta.uid)
+            self._recorder.say(subject, kind, reason.value, node)
+
+    def _tell_the_node(self, kind: Any, reason: Reason | Phase, message: str) -> None:
+        found = self._object
+        if found is not None and self._settings.node_name is not None:
+            subject = Subject("LocalModelNode", "", self._settings.node_name, found.uid)
+            self._recorder.say(subject, kind, reason.value, message)
+
+    def _tell_of_another_writer(self) -> None:
+        message = "somebody else writes the status of this LocalModelNode too; it is written less"
+        _log.warning("%s", message)
+        self._tell_the_node("Warning", Reason.OTHER_AGENT, message)
+
+
+def _identity(settings: Settings) -> str:
+    """Who holds the Lease: our pod; outside of one, this cache of this machine."""
+    if settings.pod_name:
+        return f"{settings.pod_namespace}/{settings.pod_name}"
+    root = hashlib.sha256(str(settings.root).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{root}"

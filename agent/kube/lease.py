@@ -1,0 +1,149 @@
+"""The Lease of a node: says that an agent lives there, and which one (design D15).
+
+One agent a node: whoever holds the Lease manages the node's cache, another one waits until it is
+released, has expired, or its holder has left the node. It is also the heartbeat, because a write
+into the status would make KServe's controller look at every cache of the node.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from agent.errors import AgentError, Reason
+from agent.kube.client import Api, ApiError, Json
+
+_log = logging.getLogger(__name__)
+
+DURATION_SECONDS = 120
+_RENEW_SECONDS = 40.0
+_RETRY_SECONDS = 5.0
+
+
+class Lease:
+    """One Lease, held or waited for."""
+
+    def __init__(
+        self,
+        api: Api,
+        namespace: str,
+        name: str,
+        *,
+        holder: str,
+        gone: Callable[[str], bool],
+        changed: Callable[[], None],
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`gone` tells whether another holder is known to have left: then nobody need wait."""
+        self._api = api
+        self._list = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self._namespace = namespace
+        self._name = name
+        self._holder = holder
+        self._gone = gone
+        self._changed = changed
+        self._clock = clock
+        self._ticks = ticks
+        self._object: Json | None = None
+        self._seen: tuple[object, float] = (None, 0.0)
+        self._asked = False
+        self._refusal: AgentError | None = None
+
+    def obstacle(self) -> AgentError | None:
+        """Why this agent may not manage the node now; None while it holds the Lease.
+
+        Who held it and cannot renew it goes on for as long as it lasts, also when the server is
+        away; and beyond, as long as nobody else can have taken it: nobody can, without a server.
+        """
+        if not self._asked:
+            return AgentError(Reason.API_SERVER, "has not reached the API server yet")
+        return self._refusal
+
+    async def run(self) -> None:
+        """Hold it, or try to; until cancelled."""
+        while True:
+            try:
+                await self._turn()
+                delay = _RENEW_SECONDS if self._refusal is None else _RETRY_SECONDS
+                self._asked = True
+            except ApiError as error:
+                _log.warning("%s", error.message)
+                self._object = None  # somebody was quicker, or it is gone: look again
+                delay = max(_RETRY_SECONDS, error.retry_after_seconds or 0.0)
+                if error.status == 409:
+                    delay = 0.1
+            self._changed()
+            await asyncio.sleep(delay)
+
+    async def release(self) -> None:
+        """Give it up, so that the next agent need not wait for its end."""
+        if self._object is None or self._refusal is not None or not self._asked:
+            return
+        spec = {**self._object["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
+        try:
+            await self._api.replace(f"{self._list}/{self._name}", {**self._object, "spec": spec})
+        except ApiError as error:
+            _log.info("the lease is left to expire: %s", error.message)
+
+    async def _turn(self) -> None:
+        if self._object is None:
+            try:
+                self._object = await self._api.get(f"{self._list}/{self._name}")
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                self._object = await self._api.create(self._list, self._body({}))
+                self._held()
+                return
+        holder = (self._object.get("spec") or {}).get("holderIdentity") or ""
+        if holder not in ("", self._holder) and not self._has_ended(holder):
+            self._refused(holder)
+            self._object = None  # look again
+            return
+        body = self._body(self._object)
+        self._object = await self._api.replace(f"{self._list}/{self._name}", body)
+        self._held()
+
+    def _has_ended(self, holder: str) -> bool:
+        """Whether another holder's Lease is over.
+
+        By our own clock since we saw its last renewal, as client-go does: two nodes' clocks differ.
+        """
+        assert self._object is not None
+        spec = self._object["spec"]
+        stamp = (holder, spec.get("renewTime"), self._object["metadata"].get("resourceVersion"))
+        if self._seen[0] != stamp:
+            self._seen = (stamp, self._ticks())
+        lasts = float(spec.get("leaseDurationSeconds") or DURATION_SECONDS)
+        return self._gone(holder) or self._ticks() - self._seen[1] > lasts
+
+    def _held(self) -> None:
+        if self._refusal is not None:
+            _log.info("holds the lease of the node again")
+        self._refusal = None
+
+    def _refused(self, holder: str) -> None:
+        message = f"another agent ({holder}) holds the lease of this node; it has one agent at most"
+        if self._refusal is None:
+            _log.warning("%s", message)
+        self._refusal = AgentError(Reason.OTHER_AGENT, message)
+
+    def _body(self, before: Json) -> Json:
+        spec = before.get("spec") or {}
+        now = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        ours = spec.get("holderIdentity") == self._holder
+        return {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": before.get("metadata")
+            or {"name": self._name, "namespace": self._namespace},
+            "spec": {
+                "holderIdentity": self._holder,
+                "leaseDurationSeconds": DURATION_SECONDS,
+                "acquireTime": spec.get("acquireTime") if ours else now,
+                "renewTime": now,
+                "leaseTransitions": (spec.get("leaseTransitions") or 0) + (not ours),
+            },
+        }

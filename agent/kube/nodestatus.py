@@ -1,0 +1,183 @@
+"""The status of a LocalModelNode: KServe's map, and what ours says beyond it. Pure.
+
+KServe's controller reads `modelStatus` alone. Everything else is for people, and is dropped by an
+API server that has KServe's own CRD; nothing depends on it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agent.errors import AgentError, Reason
+from agent.model import Space
+from agent.phases import Phase
+from agent.status import KSERVE_STATUS, rfc3339
+
+Body = Mapping[str, Any]
+
+_MODEL_FIELDS = (
+    "state",
+    "reason",
+    "message",
+    "revision",
+    "fingerprint",
+    "bytes",
+    "downloadedBytes",
+    "startedAt",
+    "readyAt",
+    "retryAt",
+    "lastUsed",
+    "pinned",
+)
+_TROUBLE = frozenset(reason.value for reason in Reason)
+_DOWNLOADED = KSERVE_STATUS[Phase.READY]
+_DOWNLOADING = KSERVE_STATUS[Phase.FETCHING]
+
+_MOVING = frozenset({"downloadedBytes", "lastUsed"})
+"""What changes all the time, of a model; of a node, `disk` and the counts of pods."""
+
+
+def compose(
+    entries: Iterable[str],
+    bodies: Mapping[str, Body],
+    *,
+    obstacle: AgentError | None,
+    disk: Mapping[str, int] | None,
+    hits: int,
+    misses: int,
+    version: str,
+    before: Mapping[str, Any],
+    now: float,
+) -> dict[str, Any]:
+    """The whole status, with exactly one key for every entry of the spec.
+
+    `bodies` say what is known of each; `obstacle` why nothing is done at all; `disk` is in bytes;
+    `before` is the status as the API server has it, for the times of the conditions.
+    """
+    names = list(entries)
+    models = {name: _model(bodies.get(name), obstacle) for name in names}
+    words = {name: _word(bodies.get(name), obstacle) for name in names}
+    ready = sum(word == _DOWNLOADED for word in words.values())
+    asked = hits + misses
+    status: dict[str, Any] = {
+        "modelStatus": words,
+        "models": models,
+        "hits": hits,
+        "misses": misses,
+        "agentVersion": version,
+        "summary": {
+            "ready": f"{ready}/{len(names)}",
+            "downloading": sum(word == _DOWNLOADING for word in words.values()),
+            "hitPercent": f"{100 * hits // asked}%" if asked else "-",
+        },
+        "conditions": [
+            _condition("Ready", *_ready(ready, len(names), obstacle), before, now),
+            _condition("Degraded", *_degraded(models, obstacle), before, now),
+        ],
+    }
+    if disk is not None:
+        status["disk"] = {name: quantity(size) for name, size in disk.items()}
+    return status
+
+
+def disk_numbers(space: Space, *, limit: int, reserved: int) -> dict[str, int]:
+    return {
+        "capacity": space.capacity,
+        "limit": limit,
+        "used": space.capacity - space.free,
+        "free": space.free,
+        "reserved": reserved,
+    }
+
+
+def quantity(size: int) -> str:
+    """Bytes as people read them, and as a Kubernetes quantity: 0, 512Mi, 1.4Ti."""
+    power = max(0, min((size.bit_length() - 1) // 10, 5)) if size > 0 else 0
+    value = size / 1024**power
+    text = f"{value:.1f}".rstrip("0").rstrip(".") if value < 100 else f"{value:.0f}"
+    return text + ("", "Ki", "Mi", "Gi", "Ti", "Pi")[power]
+
+
+def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes `before` into `after` as a JSON merge patch: nulls for keys that go.
+
+    Top-level keys of `before` that `after` does not name are left alone: they are not ours.
+    """
+    patch: dict[str, Any] = {}
+    for name, value in after.items():
+        old = before.get(name)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            gone: dict[str, Any] = dict.fromkeys(set(old) - set(value))
+            if changes := {**merge_patch(old, value), **gone}:
+                patch[name] = changes
+        elif value != old:
+            patch[name] = value
+    return patch
+
+
+def urgent(patch: Mapping[str, Any]) -> bool:
+    """Whether a patch says more than how far things are."""
+    for name, change in patch.items():
+        if name == "models":
+            for model in change.values():
+                if model is None or not _MOVING.issuperset(model):
+                    return True
+        elif name == "summary":
+            if not {"hitPercent"}.issuperset(change):
+                return True
+        elif name not in ("disk", "hits", "misses"):
+            return True
+    return False
+
+
+def _word(body: Body | None, obstacle: AgentError | None) -> str:
+    """KServe's word. What cannot be looked at is not Downloaded."""
+    if body is None or obstacle is not None:
+        return KSERVE_STATUS[Phase.PENDING]
+    word: str = body["modelStatus"]
+    return word
+
+
+def _model(body: Body | None, obstacle: AgentError | None) -> dict[str, Any]:
+    if body is None or obstacle is not None:
+        reason = {"reason": obstacle.reason.value, "message": obstacle.message} if obstacle else {}
+        return {"state": Phase.PENDING.value, **reason}
+    found = {name: body[name] for name in _MODEL_FIELDS if name in body}
+    return {**found, "source": body["uri"]} if "uri" in body else found
+
+
+def _ready(ready: int, total: int, obstacle: AgentError | None) -> tuple[bool, str, str]:
+    if obstacle is not None:
+        return False, obstacle.reason.value, obstacle.message
+    if ready < total:
+        return False, "ModelsNotReady", f"{ready} of {total} models are on offer"
+    return True, "ModelsReady", f"all {total} models are on offer"
+
+
+def _degraded(models: Mapping[str, Body], obstacle: AgentError | None) -> tuple[bool, str, str]:
+    """Whether a human should look, and at what first. Reasons are those of `Reason`."""
+    if obstacle is not None:
+        return True, obstacle.reason.value, obstacle.message
+    bad = {name: model for name, model in models.items() if model.get("reason") in _TROUBLE}
+    if not bad:
+        return False, "AsExpected", ""
+    first = next(iter(bad.values()))
+    said = "; ".join(f"{name}: {model.get('message', '')}" for name, model in list(bad.items())[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return True, first["reason"], (said + more)[:4000]
+
+
+def _condition(
+    kind: str, holds: bool, reason: str, message: str, before: Mapping[str, Any], now: float
+) -> dict[str, Any]:
+    status = "True" if holds else "False"
+    old: Mapping[str, Any] = next(
+        (c for c in before.get("conditions") or [] if c.get("type") == kind), {}
+    )
+    since = old.get("lastTransitionTime") if old.get("status") == status else None
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": since or rfc3339(now),
+    }

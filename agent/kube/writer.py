@@ -1,0 +1,155 @@
+"""Writes the status of one LocalModelNode: soon, seldom, and only what differs (design D15).
+
+One write makes KServe's controller reconcile every cache of the node (91 models: 456 requests,
+kserve-observed.md 11). So the first change goes out at once, those that follow share a write two
+seconds later, and how far a download is goes out once a minute.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent.errors import RULES, Reason
+from agent.kube import parse
+from agent.kube.client import Api, ApiError
+from agent.kube.nodestatus import merge_patch, urgent
+from agent.kube.parse import NodeObject
+
+_log = logging.getLogger(__name__)
+
+_TOGETHER_SECONDS = 2.0
+_PROGRESS_SECONDS = 60.0
+_CONTEST_SECONDS = 120.0  # between two writes, at most, however often somebody undoes ours
+_CONTEST_MEMORY_SECONDS = 600.0
+_CONTESTS = 3
+
+Status = Mapping[str, Any]
+
+
+class StatusWriter:
+    """Makes the status on the API server what was offered last."""
+
+    def __init__(
+        self,
+        api: Api,
+        node: str,
+        *,
+        compose: Callable[[NodeObject], Status | None],
+        contested: Callable[[], None],
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`compose` gives the status of this object as it should be now; None: leave it alone.
+
+        `contested` is called when somebody else keeps writing it too.
+        """
+        self._api = api
+        self._path = f"/apis/{parse.GROUP}/{parse.VERSION}/localmodelnodes/{node}/status"
+        self._compose = compose
+        self._contested = contested
+        self._ticks = ticks
+        self._flag = asyncio.Event()
+        self._base: NodeObject | None = None
+        self._written_at = -float("inf")
+        self._words: Status | None = None
+        self._contests = 0
+        self._contested_at = -float("inf")
+        self._pruned = False
+
+    def changed(self) -> None:
+        """Something that the status says may have changed."""
+        self._flag.set()
+
+    def seen(self, node: NodeObject | None) -> None:
+        """The object as the watch has it."""
+        if node is None or self._base is None or node.uid != self._base.uid:
+            self._base, self._words, self._pruned = node, None, False
+        elif _later(node, self._base):
+            if self._words is not None and node.status.get("modelStatus") != self._words:
+                self._note_contest()
+            self._base = node
+        self.changed()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        failures = 0
+        while True:
+            self._flag.clear()
+            patch = self._patch()
+            wait = self._due(patch) - self._ticks() if patch else None
+            if wait is None or wait > 0:
+                await self._flagged(wait)
+                continue
+            try:
+                await self._write(patch)
+                failures = 0
+            except ApiError as error:
+                failures += 1
+                _log.log(
+                    logging.WARNING if failures == 1 else logging.DEBUG,
+                    "status is not written: %s",
+                    error.message,
+                )
+                await asyncio.sleep(_delay(error, failures))
+
+    async def flush(self) -> None:
+        """Write what is still unsaid, once, whatever the time."""
+        if patch := self._patch():
+            await self._write(patch)
+
+    async def _flagged(self, seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._flag.wait()
+        except TimeoutError:
+            pass
+
+    def _patch(self) -> dict[str, Any]:
+        if self._base is None:
+            return {}
+        status = self._compose(self._base)
+        if status is None:
+            return {}
+        if self._pruned:
+            status = {"modelStatus": status["modelStatus"]}
+        return merge_patch(self._base.status, status)
+
+    def _due(self, patch: Mapping[str, Any]) -> float:
+        pause = _TOGETHER_SECONDS if urgent(patch) else _PROGRESS_SECONDS
+        if self._contests > 1:
+            pause = max(pause, min(_CONTEST_SECONDS, _TOGETHER_SECONDS * 2.0**self._contests))
+        return self._written_at + pause
+
+    async def _write(self, patch: dict[str, Any]) -> None:
+        self._written_at = self._ticks()
+        answer = parse.node(await self._api.patch(self._path, {"status": patch}))
+        # KServe's own CRD drops what it does not know: do not offer it again and again.
+        if "models" in patch:
+            self._pruned = "models" not in answer.status
+        self._words = answer.status.get("modelStatus")
+        if self._base is None or _later(answer, self._base):
+            self._base = answer
+
+    def _note_contest(self) -> None:
+        now = self._ticks()
+        if now - self._contested_at > _CONTEST_MEMORY_SECONDS:
+            self._contests = 0
+        self._contested_at = now
+        self._contests += 1
+        self._words = None
+        if self._contests == _CONTESTS:
+            self._contested()
+
+
+def _later(node: NodeObject, other: NodeObject) -> bool:
+    """Whether an object is no older than another. A version that is no number decides nothing."""
+    if node.version.isdecimal() and other.version.isdecimal():
+        return int(node.version) >= int(other.version)
+    return True
+
+
+def _delay(error: ApiError, failures: int) -> float:
+    rule = RULES[Reason.API_SERVER]
+    backoff = min(rule.cap_seconds, rule.first_seconds * 2.0 ** min(failures, 16))
+    return max(backoff, error.retry_after_seconds or 0.0)

@@ -1,0 +1,68 @@
+"""What the pods of a node mean to its cache: who uses what, and who must not be here. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from agent import layout
+from agent.errors import AgentError, Reason
+from agent.kube.parse import Pod, PodRole
+from agent.model import CacheKey
+
+
+def claims(groups: Iterable[str], models: Iterable[str]) -> frozenset[str]:
+    """The names that claims on this cache have: ours, and those of KServe's controller."""
+    ours = {f"localmodel-{group}" for group in groups}
+    theirs = {f"{model}-{group}" for group in groups for model in models}
+    return frozenset(ours | theirs)
+
+
+def keys_of(
+    pod: Pod, *, sealed: Iterable[CacheKey], claims: frozenset[str], served: str
+) -> frozenset[CacheKey]:
+    """The models that a pod uses. One that mounts the whole cache may read any of them."""
+    if pod.finished or pod.role in (PodRole.AGENT, PodRole.KSERVE_AGENT):
+        return frozenset()
+    keys, whole = set(pod.keys), not claims.isdisjoint(pod.claims)
+    root = served.rstrip("/")
+    for path in pod.host_paths.values():
+        if path.rstrip("/") in (root, f"{root}/{layout.MODELS}"):
+            whole = True
+        elif path.startswith(f"{root}/") and (key := layout.key_in(path.removeprefix(root))):
+            keys.add(key)
+        # A pod that mounts a directory above it (a node exporter mounts `/`) reads no models.
+    return frozenset(keys | set(sealed)) if whole else frozenset(keys)
+
+
+def served_at(root: str, pods: Iterable[Pod], me: str) -> str:
+    """Our cache's directory on the node: `root` as our own pod mounts it, or itself outside one."""
+    own = next((pod for pod in pods if f"{pod.namespace}/{pod.name}" == me), None)
+    return own.host_paths.get(root, root) if own is not None else root
+
+
+def rival(pods: Iterable[Pod]) -> AgentError | None:
+    """Who else writes into `models/` on this node: KServe's agent, or what it left behind."""
+    found = sorted(
+        (pod.role.value, pod.namespace, pod.name)
+        for pod in pods
+        if pod.role in (PodRole.KSERVE_AGENT, PodRole.DOWNLOAD_JOB) and not pod.finished
+    )
+    if not found:
+        return None
+    names = ", ".join(f"{namespace}/{name}" for _, namespace, name in found[:5])
+    if any(role == PodRole.KSERVE_AGENT for role, *_ in found):
+        return AgentError(
+            Reason.OTHER_AGENT,
+            f"KServe's node agent runs here ({names}) and would delete what this one keeps; remove"
+            " its DaemonSet from this node",
+        )
+    return AgentError(
+        Reason.OTHER_AGENT, f"waits for the downloads that KServe's agent began: {names}"
+    )
+
+
+def holder_is_gone(holder: str, pods: Mapping[str, Pod]) -> bool:
+    """Whether the holder of a node's Lease was a pod that has left the node.
+
+    `pods` are by namespace/name. A holder without a slash is no pod: only time tells.
+    """
+    pod = pods.get(holder)
+    return "/" in holder and (pod is None or pod.finished)

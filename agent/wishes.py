@@ -1,0 +1,127 @@
+"""What should be here, put together from caches that may disagree. Pure.
+
+Both deliverers of desired state end here: a directory of YAML, and a cluster's LocalModelNode.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from agent.errors import AgentError, Reason
+from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
+from agent.model import CacheKey, Want, cache_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecError:
+    """One cache that asks for nothing, and why. `name` is unique."""
+
+    name: str
+    message: str
+    reason: Reason = Reason.INVALID_SPEC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """What should be here. `names` leads from a cache's name to its key.
+
+    `spoken_for` holds keys that are not wanted now and are no business of ours to remove either: a
+    refused entry names them. `complete` is False where an object that says it all is missing:
+    absence is not a command, so nothing counts as having left.
+    """
+
+    wants: dict[CacheKey, Want]
+    names: dict[str, CacheKey]
+    errors: tuple[SpecError, ...] = ()
+    spoken_for: frozenset[CacheKey] = frozenset()
+    complete: bool = True
+
+
+NOTHING = Desired(wants={}, names={})
+
+
+def join(caches: Iterable[tuple[str, Cache]], errors: Iterable[SpecError] = ()) -> Desired:
+    """All caches together; of two that disagree, the later one is the newer one and is refused.
+
+    Each comes with the place it is from, to begin its message with ("" for none).
+    """
+    wants: dict[CacheKey, Want] = {}
+    names: dict[str, CacheKey] = {}
+    found = list(errors)
+    for where, cache in caches:
+        problem = _conflict(cache, wants, names)
+        if problem is not None:
+            message = f"{where}: {problem}" if where else problem
+            found.append(SpecError(name=cache.name, message=message))
+            continue
+        names[cache.name] = cache.want.key
+        wants[cache.want.key] = _joined(wants.get(cache.want.key), cache.want)
+    return Desired(wants=wants, names=names, errors=tuple(found))
+
+
+def of_node(
+    node: NodeObject | None,
+    caches: Mapping[tuple[str, str], CacheMeta],
+    groups: Mapping[str, Group],
+    *,
+    served: str,
+) -> Desired:
+    """What a LocalModelNode asks of its node; None where there is no such object.
+
+    `caches` are by namespace ("" for a cluster cache) and name; an entry whose cache is gone is
+    served as the entry says. `served` is our cache's directory on the node.
+    """
+    if node is None:
+        return Desired(wants={}, names={}, complete=False)
+    found: list[tuple[str, str, Cache]] = []
+    errors = [SpecError(name=name, message=message) for name, message in node.refused]
+    refused: set[CacheKey] = set()
+    for entry in node.entries:
+        meta = caches.get((entry.namespace, entry.model))
+        try:
+            _check_path(groups.get(entry.group), served)
+            asked = want(entry.uri, entry.name, meta.annotations if meta else {})
+        except AgentError as error:
+            errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
+            refused.add(cache_key(entry.uri))
+            continue
+        found.append((meta.created if meta else "", entry.name, Cache(name=entry.name, want=asked)))
+    oldest_first = sorted(found, key=lambda item: item[:2])
+    desired = join((("", cache) for *_, cache in oldest_first), errors)
+    # An entry that cannot be read may name any model.
+    return replace(desired, spoken_for=frozenset(refused), complete=not node.refused)
+
+
+def _check_path(group: Group | None, served: str) -> None:
+    """Raise PathMismatch where this group's pods read another directory than the one we fill."""
+    if group is None or not group.path or group.path.rstrip("/") == served.rstrip("/"):
+        return
+    raise AgentError(
+        Reason.PATH_MISMATCH,
+        f"the volumes of the node group {group.name} are at {group.path}, and this agent keeps"
+        f" {served}: pods would not find the model",
+    )
+
+
+def _conflict(cache: Cache, wants: dict[CacheKey, Want], names: dict[str, CacheKey]) -> str | None:
+    if cache.name in names:
+        return f"there is already a LocalModelCache {cache.name}; this one is ignored"
+    other = wants.get(cache.want.key)
+    if other is None or (
+        other.ref == cache.want.ref and other.expect_fingerprint == cache.want.expect_fingerprint
+    ):
+        return None
+    others = ", ".join(sorted(other.names))
+    return (
+        f"{cache.name} and {others} want {cache.want.ref.uri} with different patterns or"
+        f" fingerprints; make them agree (this one is ignored)"
+    )
+
+
+def _joined(first: Want | None, second: Want) -> Want:
+    if first is None:
+        return second
+    return replace(
+        first,
+        names=first.names | second.names,
+        priority=max(first.priority, second.priority),
+    )
