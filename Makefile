@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+K8S_VERSION ?= v1.36.3
 
 .PHONY: demo test check bench docs lock control-plane clean
 
@@ -11,7 +12,8 @@ demo: $(READY)
 	@$(BIN)/python -m docs.demo
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@if command -v go >/dev/null; then tests/controlplane/build.sh $(K8S_VERSION) >/dev/null; fi
+	@K8S_VERSION=$(K8S_VERSION) $(BIN)/python -m pytest
 
 # Format, lint, types, import contracts, generated documents; then how long our files are.
 check: $(READY)
@@ -35,7 +37,6 @@ lock: $(READY)
 	  --no-emit-index-url --no-header --quiet -o requirements.lock
 
 # etcd and the Kubernetes binaries of the tests, from the Go module proxy, into a cache directory.
-K8S_VERSION ?= v1.36.3
 control-plane:
 	@tests/controlplane/build.sh $(K8S_VERSION)
 

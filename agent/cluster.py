@@ -249,14 +249,15 @@ class Cluster:
         self._writer.changed()
 
     def _compose(self, node: NodeObject) -> dict[str, Any] | None:
-        """None while somebody else may be writing: KServe's agent, or another of ours."""
+        """None where it is not ours to write: another agent of ours does. Beside KServe's agent only
+        the conditions are ours."""
         refusal = self._refusal
-        if refusal is not None and refusal.reason is Reason.OTHER_AGENT:
+        if self._lease.obstacle() is not None:
             return None
         if refusal is None and (self._reconciler is None or not self._reconciler.ready.is_set()):
             return None
         names = [*(entry.name for entry in node.entries), *(name for name, _ in node.refused)]
-        return compose(
+        status = compose(
             names,
             self._bodies,
             obstacle=refusal,
@@ -267,6 +268,9 @@ class Cluster:
             before=node.status,
             now=self._clock(),
         )
+        if refusal is not None and refusal.reason is Reason.OTHER_AGENT:
+            return {"conditions": status["conditions"]}
+        return status
 
     def _tell_of_change(self, name: str, before: Body, now: Body) -> None:
         """One Event for a model that came, and for each failure, on its cache and on the node."""

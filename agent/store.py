@@ -28,7 +28,7 @@ from agent.trash import Trash
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
 
-_DIRECTORIES = (
+DIRECTORIES = (  # of a volume, with their modes
     (layout.MODELS, layout.DIRECTORY_MODE),
     (layout.MANIFESTS, layout.DIRECTORY_MODE),
     (layout.PROGRESS, layout.DIRECTORY_MODE),
@@ -68,7 +68,7 @@ class Store:
                 raise
 
     def _make_directories(self) -> None:
-        for name, mode in _DIRECTORIES:
+        for name, mode in DIRECTORIES:
             self._files.make_directory(self.root / name, mode)
         self._files.sync_directory(self.root / layout.HIDDEN)
         self._files.sync_directory(self.root)
@@ -195,7 +195,7 @@ class Store:
         layout.check_paths(file.path for file in listing.files)
         key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
-            if not all((self.root / name).is_dir() for name, _ in _DIRECTORIES):
+            if not all((self.root / name).is_dir() for name, _ in DIRECTORIES):
                 # Somebody removed one under us: that must not fail every seal until a restart.
                 self._make_directories()
             self._settle(key)

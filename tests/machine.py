@@ -257,19 +257,30 @@ class Machine:
 
     # -- the agent ----------------------------------------------------------------------------
 
-    def agent(self, *flags: str, root: Path | None = None, desired: Path | None = None) -> Agent:
-        """Start the agent on a port of its own choice; `wait_ready` waits for it."""
+    def agent(
+        self,
+        *flags: str,
+        root: Path | None = None,
+        desired: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Agent:
+        """Start the agent on a port of its own choice; `wait_ready` waits for it.
+
+        An environment that names a node makes it that node's agent, without a desired directory.
+        """
+        environment = {**self.environment, **(environment or {})}
         path = self.home / f"agent-{len(self._agents)}.log"
         log = path.open("wb")
         self._logs.append(log)
-        arguments = ("agent", "--desired", str(desired or self.desired), *flags)
+        wishes = () if "NODE_NAME" in environment else ("--desired", str(desired or self.desired))
+        arguments = ("agent", *wishes, *flags)
         process = subprocess.Popen(
             [*self.argv(*arguments, root=root), "--listen", "127.0.0.1:0"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd=self.home,
-            env=self.environment,
+            env=environment,
         )
         agent = Agent(self, process, path)
         self._agents.append(agent)

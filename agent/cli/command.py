@@ -13,7 +13,7 @@ from typing import Any
 from agent import __version__
 from agent.cli import verbs
 from agent.config import Settings, add_flags, read, unify_ca_variables
-from agent.errors import AgentError
+from agent.errors import AgentError, Reason
 from agent.events import error_event
 
 _Verb = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
@@ -65,6 +65,16 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     add_flags(agent)
     agent.set_defaults(verb=_agent)
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="make the cache's directories and give them to the agent (as root, before it)",
+        description="Make the cache's directories and give them to the agent. Needs root, or"
+        " CHOWN, FOWNER and DAC_OVERRIDE.",
+    )
+    prepare.add_argument("--owner", metavar="UID[:GID]", default="64000:64000", help=_OWNER)
+    add_flags(prepare, "root", "state", "require_dedicated")
+    prepare.set_defaults(verb=_prepare, output="table")
+
     pull = _verb(commands, "pull", "have a model here, now", verbs.pull)
     pull.add_argument("uri", help="hf://owner/name[:revision][/path], file:///path or a plain path")
     pull.add_argument("--include", action="append", default=[], metavar="GLOB", help=_INCLUDE)
@@ -90,6 +100,7 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     return top
 
 
+_OWNER = "who the agent runs as, in numbers (default: 64000:64000, the image's user)"
 _INCLUDE = "only files that match (`*` crosses `/`); may be given again"
 _EXCLUDE = "no files that match; may be given again"
 _MODEL = "a URI, or a key or the beginning of one"
@@ -116,6 +127,25 @@ async def _agent(settings: Settings, arguments: argparse.Namespace) -> int:
 
     log_to_stderr()
     await run_agent(settings)
+    return 0
+
+
+async def _prepare(settings: Settings, arguments: argparse.Namespace) -> int:
+    from agent.prepare import parse_owner, prepare
+
+    owner = parse_owner(arguments.owner)
+    try:
+        prepare(
+            settings.root,
+            settings.state_directory,
+            owner,
+            require_dedicated=settings.require_dedicated,
+        )
+    except AgentError as error:
+        if error.reason is not Reason.DISK_MISSING:
+            raise
+        # The agent is to start all the same: it says so where people look, and waits for the disk.
+        print(f"warning: {error.message}; nothing was made", file=sys.stderr)
     return 0
 
 

@@ -112,7 +112,7 @@ class StatusWriter:
         if status is None:
             return {}
         if self._pruned:
-            status = {"modelStatus": status["modelStatus"]}
+            status = {name: value for name, value in status.items() if name == "modelStatus"}
         return merge_patch(self._base.status, status)
 
     def _due(self, patch: Mapping[str, Any]) -> float:
@@ -125,8 +125,8 @@ class StatusWriter:
         self._written_at = self._ticks()
         answer = parse.node(await self._api.patch(self._path, {"status": patch}))
         # KServe's own CRD drops what it does not know: do not offer it again and again.
-        if "models" in patch:
-            self._pruned = "models" not in answer.status
+        if "conditions" in patch:
+            self._pruned = "conditions" not in answer.status
         self._words = answer.status.get("modelStatus")
         if self._base is None or _later(answer, self._base):
             self._base = answer

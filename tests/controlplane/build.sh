@@ -19,7 +19,9 @@ exec 9>"$cache/lock"
 flock 9
 cd "$cache/module"
 if [ "$version" = "$default" ]; then
-  cp "$here"/{go.mod,go.sum,tools.go} .
+  for file in go.mod go.sum tools.go; do
+    cmp -s "$here/$file" "$file" || cp "$here/$file" . # a new time would build everything again
+  done
 elif [ ! -s go.sum ]; then
   say "resolving modules"
   cp "$here/tools.go" .

@@ -1,0 +1,85 @@
+"""The shipped objects on a control plane, and who the agent is there: never admin.
+
+An `AgentOnNode` has what kubelet would give the agent's pod: a token of the shipped ServiceAccount
+that is bound to a pod on its node. The pod is an object only; nothing runs in it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tests.cluster.control_plane import Answer, ControlPlane
+from tests.cluster.kserve_crds import kserve_crds
+from tests.machine import REPOSITORY, replace, until
+
+NAMESPACE = "localmodel-system"
+SERVICE_ACCOUNT = "localmodel-agent"
+POLICY = "localmodel-agent-own-node"
+SERVING = "/apis/serving.kserve.io/v1alpha1"
+LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOnNode:
+    """The agent's identity on one node."""
+
+    plane: ControlPlane
+    node: str
+    pod: str
+    token_file: Path
+    kubeconfig: Path
+
+    @classmethod
+    def create(cls, plane: ControlPlane, node: str) -> Self:
+        """Make the Node, the pod on it, its token, and a kubeconfig that names the token's file."""
+        plane.request("POST", "/api/v1/nodes", {"metadata": {"name": node}}).ok()
+        pod = f"{SERVICE_ACCOUNT}-{node}"
+        plane.request(
+            "POST",
+            f"/api/v1/namespaces/{NAMESPACE}/pods",
+            {
+                "metadata": {"name": pod, "labels": {"app.kubernetes.io/name": SERVICE_ACCOUNT}},
+                "spec": {
+                    "nodeName": node,
+                    "serviceAccountName": SERVICE_ACCOUNT,
+                    "containers": [{"name": "agent", "image": "localmodel-agent:dev"}],
+                },
+            },
+        ).ok()
+        token_file = plane.directory / f"{node}.token"
+        kubeconfig = plane.token_kubeconfig(plane.directory / f"{node}.kubeconfig", token_file)
+        identity = cls(plane, node, pod, token_file, kubeconfig)
+        identity.rotate()
+        return identity
+
+    @property
+    def token(self) -> str:
+        return self.token_file.read_text()
+
+    def rotate(self) -> str:
+        """Put a new token into the file, at once, as kubelet does; the old one stays valid."""
+        replace(self.token_file, self.plane.token(SERVICE_ACCOUNT, NAMESPACE, self.pod))
+        return self.token
+
+    def request(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+        """One request as this agent."""
+        return self.plane.request(method, path, body, token=self.token, **options)
+
+
+def install(plane: ControlPlane, *, kserve: bool = False) -> None:
+    """Our CRDs, or KServe's own, and everything of the overlay, until all of it is in force."""
+    if kserve:
+        plane.apply(*kserve_crds())
+    else:
+        plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "crds")
+    plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+    plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "daemonset/overlays/kserve")
+    # RBAC and admission read their rules by watch, policies once a second: until they refuse for
+    # the reason we ship, a test could be let through, or be refused for another reason.
+    unbound = plane.token(SERVICE_ACCOUNT, NAMESPACE)
+    lease = {"metadata": {"name": "nobody"}}
+
+    def refused() -> bool:
+        return POLICY in plane.request("POST", f"{LEASES}?dryRun=All", lease, token=unbound).message
+
+    until(refused, f"the policy {POLICY}")

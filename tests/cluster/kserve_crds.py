@@ -1,0 +1,71 @@
+"""KServe's four CRDs: ours without what we added, by tests/manifests/kserve_fields.yaml.
+
+That the list is KServe's is checked by reading; that ours holds all of it, by test_kserve_fields.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from tests.machine import REPOSITORY
+
+Schema = dict[str, Any]
+_INNER = ("properties", "items", "additionalProperties")
+
+
+def our_crds() -> dict[str, Schema]:
+    """Ours, by kind."""
+    files = yaml.safe_load((REPOSITORY / "crds/kustomization.yaml").read_text())["resources"]
+    crds = [yaml.safe_load((REPOSITORY / "crds" / name).read_text()) for name in files]
+    return {crd["spec"]["names"]["kind"]: crd for crd in crds}
+
+
+def kserve_fields() -> dict[str, Any]:
+    """What KServe's have, by kind."""
+    path = REPOSITORY / "tests/manifests/kserve_fields.yaml"
+    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    return {kind: crd for kind, crd in found.items() if not kind.startswith("_")}
+
+
+def kserve_crds() -> list[Schema]:
+    """KServe's, as they are installed: no columns, no short names, none of our fields."""
+    crds = []
+    for kind, crd in copy.deepcopy(our_crds()).items():
+        for name in ("shortNames", "categories"):
+            del crd["spec"]["names"][name]
+        version = crd["spec"]["versions"][0]
+        del version["additionalPrinterColumns"]
+        _prune(version["schema"]["openAPIV3Schema"], kserve_fields()[kind]["fields"])
+        crds.append(crd)
+    return crds
+
+
+def schema_of(crd: Mapping[str, Any]) -> Schema:
+    schema: Schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return schema
+
+
+def fields(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
+    """Every field below, with its path and what is demanded of it itself."""
+    if path:
+        yield path, {k: v for k, v in schema.items() if k not in (*_INNER, "description")}
+    for name, inner in schema.get("properties", {}).items():
+        yield from fields(inner, f"{path}.{name}" if path else name)
+    for key, mark in (("items", "[]"), ("additionalProperties", "{}")):
+        if key in schema:
+            yield from fields(schema[key], path + mark)
+
+
+def _prune(schema: Schema, known: Mapping[str, Any], path: str = "") -> None:
+    properties = schema.get("properties", {})
+    for name in list(properties):
+        inner = f"{path}.{name}" if path else name
+        if inner in known:
+            _prune(properties[name], known, inner)
+        else:
+            del properties[name]
+    for key, mark in (("items", "[]"), ("additionalProperties", "{}")):
+        if key in schema:
+            _prune(schema[key], known, path + mark)

@@ -1,0 +1,126 @@
+"""What we ship, really created on a real API server; and what its pod may and may not."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT
+from tests.machine import REPOSITORY
+
+OVERLAYS = sorted(path.name for path in (REPOSITORY / "daemonset/overlays").iterdir())
+OWNER = 64000
+
+
+@pytest.fixture
+def pod(control_plane: ControlPlane, node_name: str) -> dict[str, Any]:
+    """What the API server made of the template, as the DaemonSet's controller would send it."""
+    daemonset = control_plane.get("daemonset", SERVICE_ACCOUNT, "-n", NAMESPACE)
+    template = daemonset["spec"]["template"]
+    template["metadata"]["name"] = f"template-{node_name}"
+    template["spec"]["nodeName"] = node_name
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    answer = control_plane.request("POST", path, {**template, "kind": "Pod", "apiVersion": "v1"})
+    made: dict[str, Any] = answer.ok()["spec"]
+    assert answer.warnings == ()
+    return made
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_everything_is_created(
+    private_control_plane: Callable[..., ControlPlane], overlay: str
+) -> None:
+    plane = private_control_plane(installed=False)
+    manifests = REPOSITORY / "daemonset/overlays" / overlay
+    wanted = list(yaml.safe_load_all(plane.kubectl("kustomize", manifests)))
+    made = plane.kubectl("apply", "-k", manifests).splitlines()
+    assert len(made) == len(wanted)
+    assert all(line.endswith(" created") for line in made), made
+    again = plane.kubectl("apply", "-k", manifests).splitlines()
+    assert all(line.endswith(" unchanged") for line in again), again
+    plane.kubectl("delete", "-k", manifests, "--wait=false")
+
+
+def test_the_policy_compiles_against_our_types(control_plane: ControlPlane) -> None:
+    answer = control_plane.get("validatingadmissionpolicy", "localmodel-agent-own-node")
+    assert answer["spec"]["failurePolicy"] == "Fail"
+    assert "expressionWarnings" not in answer.get("status", {}).get("typeChecking", {})
+
+
+def test_the_code_that_needs_a_rule_is_named_and_there() -> None:
+    text = (REPOSITORY / "daemonset/base/rbac.yaml").read_text()
+    rules = text.count("  - apiGroups: [")
+    named = re.findall(r"# (agent/\S+\.py):", text)
+    assert len(named) == rules
+    assert [path for path in named if not (REPOSITORY / path).is_file()] == []
+
+
+def test_the_agent_is_nobody(pod: dict[str, Any]) -> None:
+    (agent,) = pod["containers"]
+    assert agent["securityContext"] == {
+        "runAsUser": OWNER,
+        "runAsGroup": OWNER,
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_prepare_is_root_with_three_capabilities(pod: dict[str, Any]) -> None:
+    (prepare,) = pod["initContainers"]
+    context = prepare["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN", "FOWNER", "DAC_OVERRIDE"]}
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert f"--owner={OWNER}:{OWNER}" in prepare["args"]
+
+
+def test_the_pod_shares_nothing_else_with_its_host(pod: dict[str, Any]) -> None:
+    assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    assert not [name for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    paths = [volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume]
+    assert paths == ["/models", "/var/lib/localmodel-agent"]
+
+
+def test_only_the_agent_has_the_token(pod: dict[str, Any]) -> None:
+    where = "/var/run/secrets/kubernetes.io/serviceaccount"
+    mounts = {
+        container["name"]: [mount["mountPath"] for mount in container["volumeMounts"]]
+        for container in pod["initContainers"] + pod["containers"]
+    }
+    assert [name for name, paths in mounts.items() if where in paths] == ["agent"]
+
+
+def test_the_cache_has_the_same_path_everywhere(pod: dict[str, Any]) -> None:
+    for container in pod["initContainers"] + pod["containers"]:
+        (mount,) = [m for m in container["volumeMounts"] if m["name"] == "models"]
+        assert mount["mountPath"] == "/models"
+        assert mount["mountPropagation"] == "HostToContainer"
+        assert "--root=/models" in container["args"]
+
+
+def test_requests_are_explicit_and_cpu_is_not_limited(pod: dict[str, Any]) -> None:
+    for container in pod["initContainers"] + pod["containers"]:
+        resources = container["resources"]
+        assert set(resources["requests"]) == {"cpu", "memory"}
+        assert set(resources["limits"]) == {"memory"}
+
+
+def test_it_goes_where_kserves_agent_goes_and_onto_gpu_nodes(pod: dict[str, Any]) -> None:
+    assert pod["nodeSelector"] == {"kserve/localmodel": "worker"}
+    tolerated = {one["key"] for one in pod["tolerations"] if one["operator"] == "Exists"}
+    assert {"nvidia.com/gpu", "amd.com/gpu"} <= tolerated
+    assert 0 < pod["priority"] < 2_000_000_000  # the class was found; system's are above
+
+
+def test_the_probes_ask_what_the_agent_serves(pod: dict[str, Any]) -> None:
+    (agent,) = pod["containers"]
+    assert agent["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    assert agent["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    (port,) = agent["ports"]
+    assert port["name"] == agent["livenessProbe"]["httpGet"]["port"] == "metrics"
+    assert f"--listen=0.0.0.0:{port['containerPort']}" in agent["args"]

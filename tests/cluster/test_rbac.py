@@ -1,0 +1,81 @@
+"""The rules that we ship against the calls that the agent makes, as the API server logged them."""
+
+from typing import Any
+
+from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT
+from tests.cluster.nodes import Node
+from tests.conftest import URI
+from tests.machine import until
+
+Call = tuple[str, str, str]
+"""Group, resource with its subresource, verb."""
+
+RARE: set[Call] = {("", "events", "patch")}
+"""An Event is counted up when it comes again minutes later: longer than a test."""
+LAST: Call = ("coordination.k8s.io", "leases", "update")
+"""Renewed after forty seconds, and given up at the end."""
+
+
+def granted(node: Node) -> set[Call]:
+    cluster = node.plane.get("clusterrole", SERVICE_ACCOUNT)["rules"]
+    role = node.plane.get("role", SERVICE_ACCOUNT, "-n", NAMESPACE)["rules"]
+    return {
+        (group, resource, verb)
+        for rule in cluster + role
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def asked(node: Node) -> list[dict[str, Any]]:
+    """What the audit log has of this node's agent."""
+    key = "authentication.kubernetes.io/node-name"
+    return [
+        event
+        for event in node.plane.audit()
+        if event["user"].get("extra", {}).get(key) == [node.name]
+    ]
+
+
+def calls(node: Node) -> set[Call]:
+    return {
+        (
+            event["objectRef"].get("apiGroup", ""),
+            "/".join(
+                event["objectRef"][name]
+                for name in ("resource", "subresource")
+                if name in event["objectRef"]
+            ),
+            event["verb"],
+        )
+        for event in asked(node)
+    }
+
+
+def test_every_rule_is_used_and_every_call_is_allowed(node: Node) -> None:
+    node.want(tiny=URI, broken="hf://acme/not-there")  # what is broken is told by an Event
+    agent = node.start()
+    node.wait_words(agent, tiny="ModelDownloaded", broken="ModelDownloadError")
+    until(lambda: granted(node) - RARE <= calls(node) | {LAST}, agent.log_text)
+    assert agent.stop() == 0
+    assert LAST in calls(node)
+    assert calls(node) <= granted(node)
+    codes = {event.get("responseStatus", {}).get("code") for event in asked(node)}
+    assert codes.isdisjoint({401, 403})
+
+
+def test_what_it_watches_is_about_its_own_node(node: Node) -> None:
+    """RBAC cannot say so, and the agent does not ask for more (design D16)."""
+    node.want(tiny=URI)
+    agent = node.start()
+    node.wait_words(agent, tiny="ModelDownloaded")
+    assert agent.stop() == 0
+    uris = [e["requestURI"] for e in asked(node) if e["verb"] in ("list", "watch")]
+    for resource, selector in (
+        ("/pods?", f"fieldSelector=spec.nodeName%3D{node.name}"),
+        ("/localmodelnodes?", f"fieldSelector=metadata.name%3D{node.name}"),
+    ):
+        about = [uri.replace("=" + node.name, "%3D" + node.name) for uri in uris if resource in uri]
+        assert about
+        assert [uri for uri in about if selector not in uri] == []
