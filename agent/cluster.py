@@ -249,8 +249,10 @@ class Cluster:
         self._writer.changed()
 
     def _compose(self, node: NodeObject) -> dict[str, Any] | None:
-        """None where it is not ours to write: another agent of ours does. Beside KServe's agent only
-        the conditions are ours."""
+        """None where it is not ours to write: another agent of ours does.
+
+        Beside KServe's agent only the conditions are ours.
+        """
         refusal = self._refusal
         if self._lease.obstacle() is not None:
             return None

@@ -123,6 +123,8 @@ class StatusWriter:
 
     async def _write(self, patch: dict[str, Any]) -> None:
         self._written_at = self._ticks()
+        # The watch may show what we write before the answer does: nobody else wrote that.
+        self._words = None
         answer = parse.node(await self._api.patch(self._path, {"status": patch}))
         # KServe's own CRD drops what it does not know: do not offer it again and again.
         if "conditions" in patch:

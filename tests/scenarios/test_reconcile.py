@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from agent import layout
-from agent.wishes import Desired
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.manifest import Manifest
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
 from agent.store import Store
+from agent.wishes import Desired
 from tests.fakes.source import Operation
 from tests.scenarios.volume import Volume
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from agent import layout
-from agent.wishes import Desired
 from agent.errors import AgentError, Reason
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
 from agent.store import Store
+from agent.wishes import Desired
 from tests.scenarios.volume import Volume
 
 URI = "fake://model"

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from agent import layout
-from agent.wishes import Desired
 from agent.fetch import Fetcher
 from agent.index import Index
 from agent.metrics import Metrics
@@ -20,6 +19,7 @@ from agent.sources import Sources
 from agent.status import Facts
 from agent.store import Store
 from agent.transfer import Engine
+from agent.wishes import Desired
 from tests.fakes.source import FakeSource
 
 
