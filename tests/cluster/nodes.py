@@ -109,7 +109,7 @@ class Node:
         conditions = self.status().get("conditions") or []
         return next((found for found in conditions if found["type"] == kind), {})
 
-    def wait_words(self, agent: Agent, *, within: float = DEADLINE, **words: str) -> None:
+    def wait_words(self, agent: Agent, within: float = DEADLINE, /, **words: str) -> None:
         """Until the status says exactly this; `within` in seconds."""
         until(
             lambda: self.words() == words,

@@ -170,7 +170,7 @@ def test_a_tree_that_somebody_deletes_is_withdrawn_and_comes_again(node: Node, h
     node.wait_words(agent, tiny=DOWNLOADED)
     hub.fault("*.safetensors", SLOW)  # so that what is said meanwhile can be seen
     (node.machine.model(URI) / "model-1.safetensors").unlink()
-    node.wait_words(agent, within=60.0, tiny="ModelDownloading")
+    node.wait_words(agent, 60.0, tiny="ModelDownloading")
     node.wait_words(agent, tiny=DOWNLOADED)
     assert files_of(node.machine.model(URI)) == FILES
 
