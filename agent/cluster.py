@@ -245,7 +245,11 @@ class Cluster:
     def _said(self, bodies: dict[str, Body], numbers: dict[str, int]) -> None:
         for name, body in bodies.items():
             self._tell_of_change(name, self._bodies.get(name, {}), body)
-        self._bodies, self._disk = bodies, numbers
+        self._bodies = bodies
+        # Others write to the disk too, all the time: a hundredth of it is worth a word.
+        old = self._disk
+        if old is None or old["reserved"] != numbers["reserved"] or _moved(old, numbers):
+            self._disk = numbers
         self._writer.changed()
 
     def _compose(self, node: NodeObject) -> dict[str, Any] | None:
@@ -309,6 +313,11 @@ class Cluster:
         message = "somebody else writes the status of this LocalModelNode too; it is written less"
         _log.warning("%s", message)
         self._tell_the_node("Warning", Reason.OTHER_AGENT, message)
+
+
+def _moved(old: Mapping[str, int], new: Mapping[str, int]) -> bool:
+    step = new["capacity"] // 100
+    return any(abs(new[name] - old[name]) > step for name in new)
 
 
 def _identity(settings: Settings) -> str:

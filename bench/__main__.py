@@ -1,6 +1,7 @@
-"""`make bench`: a verified download by us, by curl and by huggingface_hub, from one local hub.
+"""`make bench`: a verified download by us, by curl and by huggingface_hub, from one local hub;
+then the agent on a real API server (bench/cluster.py).
 
-    python -m bench [--runs 5] [--scale 1.0]
+    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster]
 
 Runs are interleaved (A B C A B C ...), so that a machine that slows down slows everybody. Everybody
 must end with every byte on disk and its SHA-256 known: the peers do not verify, so their digest is
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import cluster
 from bench.origin import Origin, Shape, shapes
 from bench.peers import Peer, Result, peers
 
@@ -26,14 +28,25 @@ from bench.peers import Peer, Result, peers
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     flags.add_argument("--runs", type=int, default=5)
+    flags.add_argument("--only", choices=("downloads", "cluster"), help="one half of it")
     flags.add_argument("--scale", type=float, default=1.0, help="of the sizes, to try it out")
     arguments = flags.parse_args()
     print(machine())
+    if arguments.only != "cluster":
+        downloads(arguments.runs, arguments.scale)
+    if arguments.only != "downloads":
+        if cluster.available():
+            cluster.run(arguments.runs)
+        else:
+            print("\nNOT MEASURED: the cluster half needs its binaries; run make control-plane")
+
+
+def downloads(runs: int, scale: float) -> None:
     with tempfile.TemporaryDirectory(prefix="localmodel-bench-", dir=".") as directory:
         root = Path(directory).absolute()
-        for shape in shapes(arguments.scale):
+        for shape in shapes(scale):
             with Origin(root / "origin", shape) as origin:
-                report(shape, measure(origin, root / "work", arguments.runs))
+                report(shape, measure(origin, root / "work", runs))
 
 
 def machine() -> str:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.desired import Desired, DesiredDirectory
+from agent.desired import DesiredDirectory
+from agent.wishes import Desired
 from tests.machine import cache_yaml, replace
 
 URI = "hf://acme/tiny"
