@@ -121,9 +121,11 @@ class Cluster:
     # -- hearing ------------------------------------------------------------------------------
 
     async def listed(self) -> None:
-        """Wait until every list has arrived once: before that, absence means nothing."""
+        """Wait until every list has arrived once, and it is known whose node this is: before that,
+        absence means nothing."""
         for watch in self._watches:
             await watch.listed.wait()
+        await self._lease.answered.wait()
 
     def wake(self) -> None:
         self._flag.set()

@@ -23,8 +23,8 @@ def keys_of(
         return frozenset()
     keys, whole = set(pod.keys), not claims.isdisjoint(pod.claims)
     root = served.rstrip("/")
-    for path in pod.host_paths.values():
-        if path.rstrip("/") in (root, f"{root}/{layout.MODELS}"):
+    for path in pod.directories:
+        if path in (root, f"{root}/{layout.MODELS}"):
             whole = True
         elif path.startswith(f"{root}/") and (key := layout.key_in(path.removeprefix(root))):
             keys.add(key)

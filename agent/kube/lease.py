@@ -48,7 +48,8 @@ class Lease:
         self._ticks = ticks
         self._object: Json | None = None
         self._seen: tuple[object, float] = (None, 0.0)
-        self._asked = False
+        self.answered = asyncio.Event()
+        """Set when the server has said for the first time whose it is."""
         self._refusal: AgentError | None = None
 
     def obstacle(self) -> AgentError | None:
@@ -56,9 +57,8 @@ class Lease:
 
         Who held it and cannot renew it goes on for as long as it lasts, also when the server is
         away; and beyond, as long as nobody else can have taken it: nobody can, without a server.
+        Means nothing before `answered`.
         """
-        if not self._asked:
-            return AgentError(Reason.API_SERVER, "has not reached the API server yet")
         return self._refusal
 
     async def run(self) -> None:
@@ -67,7 +67,7 @@ class Lease:
             try:
                 await self._turn()
                 delay = _RENEW_SECONDS if self._refusal is None else _RETRY_SECONDS
-                self._asked = True
+                self.answered.set()
             except ApiError as error:
                 _log.warning("%s", error.message)
                 self._object = None  # somebody was quicker, or it is gone: look again
@@ -79,7 +79,7 @@ class Lease:
 
     async def release(self) -> None:
         """Give it up, so that the next agent need not wait for its end."""
-        if self._object is None or self._refusal is not None or not self._asked:
+        if self._object is None or self._refusal is not None or not self.answered.is_set():
             return
         spec = {**self._object["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
         try:

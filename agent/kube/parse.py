@@ -1,5 +1,6 @@
 """Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
 
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class Pod:
     """A pod of the node, as far as the cache cares.
 
     `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
-    model; `host_paths` lead from the path in its first container to the path on the node.
+    model; `directories` are those of the node that it mounts; `host_paths` lead there from the path
+    in its first container.
     """
 
     uid: str
@@ -101,6 +103,7 @@ class Pod:
     finished: bool
     keys: frozenset[CacheKey]
     claims: frozenset[str]
+    directories: frozenset[str]
     host_paths: Mapping[str, str]
 
 
@@ -144,10 +147,10 @@ def cache_meta(raw: Mapping[str, Any], kind: str) -> CacheMeta:
     metadata = _mapping(raw, "metadata")
     return CacheMeta(
         kind=kind,
-        namespace=metadata.get("namespace", ""),
-        name=metadata["name"],
-        uid=metadata.get("uid", ""),
-        created=metadata.get("creationTimestamp") or "",
+        namespace=_text(metadata, "namespace"),
+        name=_text(metadata, "name"),
+        uid=_text(metadata, "uid"),
+        created=_text(metadata, "creationTimestamp"),
         annotations=_ours_only(_annotations(metadata)),
     )
 
@@ -159,7 +162,7 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
     entries: dict[str, ModelEntry] = {}
     refused: dict[str, str] = {}
     for item in found:
-        model, namespace = item.get("modelName") or "", item.get("namespace") or ""
+        model, namespace = _text(item, "modelName"), _text(item, "namespace")
         name = f"{namespace}/{model}" if namespace else model
         try:
             uri = _uri(item, "sourceModelUri")
@@ -171,21 +174,21 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
             namespace=namespace,
             model=model,
             uri=uri,
-            group=item.get("nodeGroup") or "",
+            group=_text(item, "nodeGroup"),
         )
     return NodeObject(
-        uid=metadata.get("uid", ""),
-        version=metadata.get("resourceVersion", ""),
+        uid=_text(metadata, "uid"),
+        version=_text(metadata, "resourceVersion"),
         entries=tuple(entries.values()),
         refused=tuple(refused.items()),
-        status=raw.get("status") or {},
+        status=_mapping(raw, "status") if raw.get("status") else {},
     )
 
 
 def group(raw: Mapping[str, Any]) -> Group:
     volume = (raw.get("spec") or {}).get("persistentVolumeSpec") or {}
     source = volume.get("local") or volume.get("hostPath") or {}
-    return Group(name=_mapping(raw, "metadata")["name"], path=source.get("path") or "")
+    return Group(name=_text(_mapping(raw, "metadata"), "name"), path=_text(source, "path"))
 
 
 def pod(raw: Mapping[str, Any]) -> Pod:
@@ -194,31 +197,37 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     volumes = {volume["name"]: volume for volume in spec.get("volumes") or []}
     keys: set[CacheKey] = set()
     claims: set[str] = set()
+    directories: set[str] = set()
     host_paths: dict[str, str] = {}
     for container in _containers(spec):
         for mount in container.get("volumeMounts") or []:
             volume = volumes.get(mount["name"], {})
-            subpath = mount.get("subPath") or mount.get("subPathExpr") or ""
+            part = _part(mount)
             if (directory := volume.get("hostPath")) is not None:
-                host_paths.setdefault(mount["mountPath"], directory["path"])
+                path = posixpath.normpath(f"/{_text(directory, 'path').lstrip('/')}/{part}")
+                directories.add(path)
+                host_paths.setdefault(_text(mount, "mountPath"), path)
             elif (claim := volume.get("persistentVolumeClaim")) is None:
                 continue
-            elif key := layout.key_in(subpath):
+            elif key := layout.key_in(part):
                 keys.add(key)
-            elif subpath.strip("/") in ("", layout.MODELS):
-                claims.add(claim["claimName"])
+            elif part in (".", layout.MODELS):
+                claims.add(_text(claim, "claimName"))
     relied = (metadata.get("annotations") or {}).get(KEYS)
     if relied is not None:  # the hook says which models of the whole claim it meant
-        keys |= {CacheKey(key) for key in relied.split(",") if layout.is_key(key)}
-        claims.clear()
+        named = [key.strip() for key in relied.split(",")]
+        keys |= {CacheKey(key) for key in named if layout.is_key(key)}
+        if all(map(layout.is_key, named)):  # else nobody knows what was meant
+            claims.clear()
     return Pod(
-        uid=metadata["uid"],
-        namespace=metadata.get("namespace", ""),
-        name=metadata["name"],
+        uid=_text(metadata, "uid"),
+        namespace=_text(metadata, "namespace"),
+        name=_text(metadata, "name"),
         role=_role(labels, volumes),
         finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
         keys=frozenset(keys),
         claims=frozenset(claims),
+        directories=frozenset(directories),
         host_paths=host_paths,
     )
 
@@ -226,6 +235,19 @@ def pod(raw: Mapping[str, Any]) -> Pod:
 def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for kind in ("containers", "initContainers", "ephemeralContainers"):
         yield from spec.get(kind) or []
+
+
+def _part(mount: Mapping[str, Any]) -> str:
+    """The directory of its volume that a mount shows, "." for the whole.
+
+    Kubelet replaces what an expression names by values of the container's environment: from there
+    on it may be anything.
+    """
+    known = _text(mount, "subPath")
+    if expression := _text(mount, "subPathExpr"):
+        known, names, _ = expression.partition("$(")
+        known = known.rpartition("/")[0] if names else known
+    return posixpath.normpath(known.strip("/"))
 
 
 def _role(labels: Mapping[str, str], volumes: Mapping[str, Any]) -> PodRole:
@@ -269,6 +291,13 @@ def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise _invalid(f"{name} is missing")
     return value
+
+
+def _text(raw: Mapping[str, Any], name: str) -> str:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _invalid(f"{name} is {_shown(value)}, not a text")
+    return value or ""
 
 
 def _uri(raw: Mapping[str, Any], field: str) -> str:
