@@ -100,7 +100,7 @@ def test_the_cache_has_the_same_path_everywhere(pod: dict[str, Any]) -> None:
         (mount,) = [m for m in container["volumeMounts"] if m["name"] == "models"]
         assert mount["mountPath"] == "/models"
         assert mount["mountPropagation"] == "HostToContainer"
-        assert "--root=/models" in container["args"]
+        assert {"name": "LOCALMODEL_ROOT", "value": "/models"} in container["env"]
 
 
 def test_requests_are_explicit_and_cpu_is_not_limited(pod: dict[str, Any]) -> None:

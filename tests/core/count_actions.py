@@ -10,10 +10,16 @@ from collections import Counter
 from hypothesis import HealthCheck, given, seed, settings
 
 from agent.model import Blocked, Evict, Fetch, Plan
-from tests.core.worlds import World, room, worlds
+from tests.core.worlds import World, removable, room, worlds
 
-KINDS = ("Resolve", "Fetch", "Cancel", "Withdraw", "Evict", *(why.value for why in Blocked))
-MIXED = ("Evict and Fetch", "Evict without Fetch", "begun beside InsufficientCapacity", "wake_at")
+KINDS = (
+    *("Resolve", "Fetch", "Cancel", "Withdraw", "Evict", "Abandon"),
+    *(why.value for why in Blocked),
+)
+MIXED = (
+    *("Evict and Fetch", "Evict without Fetch", "Evict of what left"),
+    *("begun beside InsufficientCapacity", "wake_at"),
+)
 
 
 def kinds_of(world: World, decided: Plan) -> set[str]:
@@ -21,7 +27,11 @@ def kinds_of(world: World, decided: Plan) -> set[str]:
     found = {type(action).__name__ for action in decided.actions}
     found |= {block.why.value for block in decided.blocked.values()}
     begun = any(isinstance(action, Fetch) and action.bytes for action in decided.actions)
-    if any(isinstance(action, Evict) for action in decided.actions):
+    left = removable(world)
+    evicted = {action.key for action in decided.actions if isinstance(action, Evict)}
+    if evicted & left:
+        found.add("Evict of what left")
+    if evicted - left:
         found.add("Evict and Fetch" if begun else "Evict without Fetch")
     if begun and Blocked.INSUFFICIENT_CAPACITY.value in found:
         found.add("begun beside InsufficientCapacity")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from agent.model import (
+    Abandon,
     Action,
     Actual,
     CacheKey,
@@ -74,6 +75,8 @@ class Simulation:
                 self._volume(reclaiming=size)
             case Withdraw():
                 self._withdraw(actual.entries[key])
+            case Abandon():
+                self._abandon(actual.ingests[key])
 
     def _list(self, key: CacheKey) -> None:
         want, total = self.world.desired[key], self.world.sizes[key]
@@ -109,6 +112,12 @@ class Simulation:
             damaged=actual.damaged - {entry.key},
             ingests={**actual.ingests, entry.key: ingest},
         )
+
+    def _abandon(self, ingest: Ingest) -> None:
+        """Unlinked at once, as far as `free` can tell: it was never reserved."""
+        key = ingest.ref.key
+        self._change(ingests=_without(self.world.actual.ingests, key))
+        self._volume(free=ingest.done)
 
     def _finish(self, key: CacheKey) -> None:
         actual = self.world.actual

@@ -11,6 +11,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from agent.model import (
+    Abandon,
     Action,
     Actual,
     Blocked,
@@ -38,6 +39,7 @@ from tests.core.worlds import (
     evictable,
     many,
     missing,
+    removable,
     room,
     running,
     to_come,
@@ -50,6 +52,11 @@ _V = TypeVar("_V")
 def _keys(decided: Plan, *kinds: type[Action]) -> list[CacheKey]:
     """The keys of the actions of these kinds, in the order of the plan."""
     return [action.key for action in decided.actions if isinstance(action, kinds)]
+
+
+def _victims(world: World, decided: Plan) -> list[CacheKey]:
+    """What is evicted for room, in the order of the plan: not what goes because it left."""
+    return [key for key in _keys(decided, Evict) if key not in removable(world)]
 
 
 def _fetched_bytes(decided: Plan) -> int:
@@ -90,7 +97,7 @@ def test_unknown_use_evicts_nothing(world: World) -> None:
 @many
 @given(worlds())
 def test_what_was_sealed_a_moment_ago_is_never_evicted(world: World) -> None:
-    for key in _keys(world.plan(), Evict):
+    for key in _victims(world, world.plan()):
         age = world.now - world.actual.entries[key].sealed_at
         assert age >= world.volume.min_age_seconds
 
@@ -105,16 +112,18 @@ def test_what_is_damaged_or_worked_on_is_never_evicted(world: World) -> None:
 @many
 @given(worlds())
 def test_an_eviction_frees_what_it_says_and_that_is_something(world: World) -> None:
+    """What left goes also if that frees nothing."""
     for action in world.plan().actions:
         if isinstance(action, Evict):
-            assert action.bytes == world.actual.entries[action.key].bytes > 0
+            assert action.bytes == world.actual.entries[action.key].bytes
+            assert action.bytes > 0 or action.key in removable(world)
 
 
 @many
 @given(worlds())
 def test_survivors_were_used_later_than_victims(world: World) -> None:
     """Least recently used first; of those used together, the one sealed first."""
-    victims = set(_keys(world.plan(), Evict))
+    victims = set(_victims(world, world.plan()))
     survivors = evictable(world).keys() - victims
 
     def rank(key: CacheKey) -> tuple[float, float]:
@@ -129,7 +138,8 @@ def test_survivors_were_used_later_than_victims(world: World) -> None:
 @many
 @given(worlds())
 def test_victims_go_in_the_order_of_their_last_use(world: World) -> None:
-    used = [world.actual.entries[key].last_used for key in _keys(world.plan(), Evict)]
+    victims = _victims(world, world.plan())
+    used = [world.actual.entries[key].last_used for key in victims]
     assert all(earlier <= later for earlier, later in pairwise(used))
 
 
@@ -137,7 +147,7 @@ def test_victims_go_in_the_order_of_their_last_use(world: World) -> None:
 @given(worlds())
 def test_without_the_last_victim_it_would_not_have_been_enough(world: World) -> None:
     decided = world.plan()
-    victims = _keys(decided, Evict)
+    victims = _victims(world, decided)
     if not victims:
         return
     freed = bytes_of(world, victims[:-1])
@@ -153,10 +163,10 @@ def test_above_the_high_mark_victims_go_down_to_the_low_mark(world: World) -> No
     """As far as there are any."""
     if room(world) >= 0:
         return
-    victims = _keys(world.plan(), Evict)
-    left = _committed(world) - bytes_of(world, victims)
+    victims = _victims(world, world.plan())
+    remains = _committed(world) - bytes_of(world, victims)
     low = int(world.volume.capacity * world.volume.low)
-    assert left <= low or set(victims) == set(evictable(world))
+    assert remains <= low or set(victims) == set(evictable(world))
 
 
 @many
@@ -165,7 +175,55 @@ def test_nothing_is_evicted_below_the_high_mark_unless_something_begins(world: W
     """So with too few victims for a want, none goes: half an eviction helps nobody."""
     decided = world.plan()
     if room(world) >= 0 and not _keys(decided, Fetch):
-        assert _keys(decided, Evict) == []
+        assert _victims(world, decided) == []
+
+
+# -- what left the desired state ------------------------------------------------------------------
+
+
+@many
+@given(worlds())
+def test_exactly_what_left_and_nothing_keeps_goes(world: World) -> None:
+    """Whole or begun, however young it is, and whether room is short or not."""
+    decided, whole = world.plan(), world.actual.entries.keys()
+    left = removable(world)
+    event("some left" if left else "none left")
+    assert set(_keys(decided, Evict)) - evictable(world).keys() == left & whole
+    assert set(_keys(decided, Abandon)) == left - whole
+
+
+@many
+@given(worlds())
+def test_of_unknown_use_nothing_that_left_goes(world: World) -> None:
+    unknown = replace(world, actual=replace(world.actual, in_use=None))
+    assert _keys(unknown.plan(), Evict, Abandon) == []
+
+
+@many
+@given(worlds())
+def test_what_is_used_or_wanted_again_is_neither_evicted_nor_abandoned(world: World) -> None:
+    gone = set(_keys(world.plan(), Evict, Abandon))
+    assert not gone & (set(world.desired) | (world.actual.in_use or set()))
+
+
+@many
+@given(worlds())
+def test_what_never_was_desired_is_not_abandoned(world: World) -> None:
+    assert set(_keys(world.plan(), Abandon)) <= world.actual.left
+
+
+@many
+@given(worlds())
+def test_what_left_is_gone_when_all_is_carried_out(world: World) -> None:
+    """But for what a pod uses. The damaged is taken off offer first, and jobs are stopped."""
+    node = Simulation(world)
+    node.settle(turns=6 * len(world.sizes) + 6)
+    used = world.actual.in_use
+    if used is None:
+        return
+    actual = node.world.actual
+    there = actual.entries.keys() | actual.ingests.keys()
+    assert not (world.actual.left - set(world.desired) - used) & there
 
 
 # -- room ---------------------------------------------------------------------------------------
@@ -530,6 +588,27 @@ def test_what_is_all_there_begins_above_the_high_mark() -> None:
     """Somebody else filled the disk while we were down: proving what is here takes no room."""
     decided = _plan(wants={"here": 0}, free=1, ingests=(_ingest("here", 99, 99),))
     assert decided.actions == (Fetch(_ref("here").key, 0),)
+
+
+def test_what_left_makes_room_before_anything_is_evicted_for_it() -> None:
+    """And an ingest that left gives up its name, not its bytes: they are not counted on."""
+    old, kept = _entry("old", 30, last_used=9.0, sealed_at=1e6), _entry("kept", 20)
+    new = _ingest("new", 60)
+    decided = plan(
+        {new.ref.key: Want(ref=new.ref)},
+        Actual(
+            entries={entry.key: entry for entry in (old, kept)},
+            ingests={new.ref.key: new, _ref("begun").key: _ingest("begun", 90, 10)},
+            in_use=frozenset(),
+            left=frozenset((old.key, _ref("begun").key, _ref("never here").key)),
+        ),
+        Volume(capacity=100, free=40, high=0.9, low=0.7),
+        now=1e6,
+    )
+    assert decided.actions == (
+        *sorted((Evict(old.key, 30), Abandon(_ref("begun").key)), key=lambda action: action.key),
+        Fetch(new.ref.key, 60),
+    )
 
 
 def test_nothing_is_something_to_do_for_an_empty_node() -> None:

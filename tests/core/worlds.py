@@ -50,9 +50,9 @@ _ATTEMPTS = st.sampled_from((-100.0, 0.0, 1.0, 60.0, inf))
 _SPARE = st.sampled_from((*range(-15, 40, 3), 1000))
 _ROLES = st.sampled_from(
     ("kept",) * 5
-    + ("known",) * 5
+    + ("known",) * 6
     + ("held",) * 2
-    + ("unknown", "running", "leftover", "unwanted job")
+    + ("unknown", "running", "leftover", "unwanted job", "left", "left")
 )
 
 
@@ -85,6 +85,7 @@ class _Draft:
     jobs: dict[CacheKey, Job]
     attempts: dict[CacheKey, Attempt]
     damaged: set[CacheKey]
+    left: set[CacheKey]
     sizes: dict[CacheKey, int]
 
     def add(self, ref: ModelRef, role: str) -> None:
@@ -98,8 +99,23 @@ class _Draft:
             self._begin(ref, size)
         elif role in ("running", "unwanted job"):
             self._run(ref, size)
+        elif role == "left":
+            self._leave(ref, size)
         if role in ("known", "unknown", "held") and self.draw(_one_in(5)):
             self._fail(ref.key)
+
+    def _leave(self, ref: ModelRef, size: int) -> None:
+        """Asked for once, and not any more; or again, or a job is on it, or nothing is there."""
+        self.left.add(ref.key)
+        there = self.draw(st.sampled_from(("sealed", "begun", "begun", "both", "running", "none")))
+        if there in ("sealed", "both"):
+            self._seal(ref, size)
+        if there in ("begun", "both"):
+            self._begin(ref, size)
+        if there == "running":
+            self._run(ref, size)
+        if self.draw(_one_in(6)):
+            self.desired[ref.key] = Want(ref=ref)
 
     def _seal(self, ref: ModelRef, size: int) -> None:
         self.entries[ref.key] = Entry(
@@ -147,7 +163,9 @@ class _Draft:
     def in_use(self) -> frozenset[CacheKey] | None:
         if self.draw(_one_in(12)):
             return None
-        return frozenset(key for key in self.entries if self.draw(_one_in(6)))
+        # Also of what is only begun: a pod may wait for it.
+        there = [*self.entries, *self.ingests.keys() - self.entries.keys()]
+        return frozenset(key for key in sorted(there) if self.draw(_one_in(6)))
 
     def volume(self) -> Volume:
         """Mostly sized around what is on it, so that some of what is asked for does not fit."""
@@ -170,7 +188,7 @@ class _Draft:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), {})
+    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), set(), {})
     for number, role in enumerate(draw(st.lists(_ROLES, min_size=2, max_size=9))):
         draft.add(ModelRef(uri=f"hf://acme/{number}"), role)
     actual = Actual(
@@ -180,6 +198,7 @@ def worlds(draw: st.DrawFn) -> World:
         jobs=draft.jobs,
         attempts=draft.attempts,
         in_use=draft.in_use(),
+        left=frozenset(draft.left),
     )
     return World(draft.desired, actual, draft.volume(), NOW, draft.sizes)
 
@@ -210,13 +229,25 @@ def to_come(world: World) -> int:
 
 
 def room(world: World) -> int:
-    """Bytes below the high mark before any eviction; negative above it."""
-    volume = world.volume
-    return ceiling(volume) - volume.used + volume.reclaiming - to_come(world)
+    """Bytes below the high mark before any eviction for it; negative above it. What left goes
+    whether room is short or not, so its bytes are counted as free."""
+    volume, entries = world.volume, world.actual.entries
+    going = bytes_of(world, removable(world) & entries.keys())
+    return ceiling(volume) - volume.used + volume.reclaiming - to_come(world) + going
+
+
+def removable(world: World) -> set[CacheKey]:
+    """What left the desired state, whole or begun, and nothing keeps: whatever its age."""
+    actual = world.actual
+    if actual.in_use is None:
+        return set()
+    there = set(actual.entries) | set(actual.ingests)
+    kept = set(world.desired) | set(actual.jobs) | actual.in_use | actual.damaged
+    return set(actual.left & there) - kept
 
 
 def evictable(world: World) -> dict[CacheKey, Entry]:
-    """What may be a victim at all."""
+    """What may be a victim at all; not what goes anyway."""
     actual = world.actual
     if actual.in_use is None:
         return {}
@@ -224,7 +255,7 @@ def evictable(world: World) -> dict[CacheKey, Entry]:
         key: entry
         for key, entry in actual.entries.items()
         if not (key in world.desired or key in actual.in_use or key in actual.damaged)
-        and not (key in actual.jobs or entry.bytes == 0)
+        and not (key in actual.jobs or entry.bytes == 0 or key in actual.left)
         and world.now - entry.sealed_at >= world.volume.min_age_seconds
     }
 
