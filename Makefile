@@ -5,8 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 K8S_VERSION ?= v1.36.3
+DOCKER ?= docker
+BASE ?= python:3.12-slim
+IMAGE ?= localmodel-agent:dev
 
-.PHONY: demo test check bench docs lock control-plane clean
+.PHONY: demo test check bench docs lock image image-test control-plane clean
 
 demo: $(READY)
 	@$(BIN)/python -m docs.demo
@@ -35,6 +38,14 @@ lock: $(READY)
 	@$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes \
 	  --no-emit-index-url --no-header --quiet -o requirements.lock
+
+# The image, by docker, podman or buildah: DOCKER=podman.
+image:
+	$(DOCKER) build --build-arg BASE=$(BASE) -t $(IMAGE) .
+
+# The same Dockerfile on a base made of Debian packages, by an unpacked buildah: as the tests do it.
+image-test: $(READY)
+	@$(BIN)/python -m tests.node.image localmodel-agent.tar
 
 # etcd and the Kubernetes binaries of the tests, from the Go module proxy, into a cache directory.
 control-plane:

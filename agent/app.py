@@ -23,7 +23,8 @@ from agent.index import Index
 from agent.kube.client import Api
 from agent.metrics import Metrics
 from agent.publish import Publisher, Status, StatusDirectory
-from agent.reconcile import InUse, Policy, Reconciler, unknown_use
+from agent.reconcile import Policy, Reconciler
+from agent.removal import InUse, unknown_use
 from agent.server import Health, health_app, serve_socket, serve_tcp, verbs_app
 from agent.service import Service
 from agent.sources import Sources

@@ -9,17 +9,17 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Any
 
 from agent.backoff import Dice, next_attempt
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
 from agent.index import Index
+from agent.jobs import Jobs, Work
 from agent.known import Known, agree
 from agent.manifest import Manifest
 from agent.metrics import Metrics
@@ -45,6 +45,7 @@ from agent.model import (
 from agent.plan import plan
 from agent.publish import Publisher
 from agent.pulls import Pull, Pulls
+from agent.removal import InUse, Removal, unknown_use
 from agent.status import Facts
 from agent.store import Store
 from agent.threads import changing, looking
@@ -62,21 +63,6 @@ _LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that 
 
 # These reasons say that the pinned listing is not to be trusted any more.
 _LIST_AGAIN = frozenset({Reason.SOURCE_CHANGED, Reason.FILE_NOT_FOUND, Reason.SIZE_MISMATCH})
-
-InUse = Callable[[], Awaitable[frozenset[CacheKey] | None]]
-
-
-async def unknown_use() -> frozenset[CacheKey] | None:
-    """Without a cluster nobody can list the users of a model: so none is ever evicted."""
-    return None
-
-
-@dataclass(slots=True)
-class _Running:
-    """One job: its task, and how far it is."""
-
-    task: asyncio.Task[Manifest | None]
-    tally: Tally
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,19 +102,17 @@ class Reconciler:
         self._space = space
         self._policy = policy
         self._in_use = in_use
-        self._in_use_now = in_use_now or in_use
         self._clock = clock
         self._dice = dice
         self._flag = asyncio.Event()
         self._known = Known()
         self._pulls = Pulls()
-        self._running: dict[CacheKey, _Running] = {}
+        self._jobs = Jobs(ended=self.wake)
+        self._removal = Removal(store, in_use_now or in_use, swept=self.wake)
         self._list_again: set[CacheKey] = set()
         self._forgiven: set[CacheKey] = set()
         self._touched: dict[CacheKey, float] = {}
         self._hears = False
-        self._trash = asyncio.Event()
-        self._reclaiming = 0
         self._look_at = 0.0
         self.turned_at = time.monotonic()  # not `clock`: that one may be set, also by days
         self.ready = asyncio.Event()
@@ -160,7 +144,7 @@ class Reconciler:
         if (other := self._wants().get(want.key)) is not None:
             agree(want, other)
         pull = self._pulls.join(want, self.running(want.key))
-        if want.key not in self._running:
+        if want.key not in self._jobs:
             self._forgive(want.key)
         self.wake()
         return pull
@@ -194,13 +178,12 @@ class Reconciler:
         return self._known.withdrawn
 
     def running(self, key: CacheKey) -> Tally | None:
-        found = self._running.get(key)
-        return found.tally if found else None
+        return self._jobs.tally(key)
 
     def on_its_way(self, key: CacheKey) -> bool:
         """Whether somebody asked for it already, and the last try has not failed. Between the
         listing and the download, and in the queue, no job runs and yet it is coming."""
-        wanted = key in self._running or key in self._wants()
+        wanted = key in self._jobs or key in self._wants()
         return wanted and key not in self._known.attempts
 
     def failure(self, key: CacheKey) -> Attempt | None:
@@ -228,10 +211,8 @@ class Reconciler:
 
     def facts(self) -> dict[CacheKey, Facts]:
         """Everything known of every key there is something to say of."""
-        jobs = {
-            key: (running.tally.want.ref, running.tally.job)
-            for key, running in self._running.items()
-        }
+        tallies = self._jobs.tallies()
+        jobs = {key: (tally.want.ref, tally.job) for key, tally in tallies.items()}
         return self._known.facts(self._wants(), jobs)
 
     # -- the loop -----------------------------------------------------------------------------
@@ -242,7 +223,7 @@ class Reconciler:
         for key in await changing(self._store.recover):
             path = self._store.model(key)
             _log.warning("%s is not ours, or cannot be read, and stays as it is", path)
-        self._trash.set()
+        self._removal.sweep_soon()
         await self._index.open()
         found_attempts = await self._index.attempts()
         # A restart is a reason to try what would otherwise never be tried again.
@@ -262,12 +243,9 @@ class Reconciler:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._turns())
                 group.create_task(self._progress())
-                group.create_task(self._sweep())
+                group.create_task(self._removal.run())
         finally:
-            for running in self._running.values():
-                running.task.cancel()
-            if self._running:
-                await asyncio.wait([running.task for running in self._running.values()])
+            await self._jobs.stop()
             self._pulls.refuse_all(AgentError(Reason.STOPPED, "the agent stops; bytes are kept"))
 
     async def _turns(self) -> None:
@@ -294,7 +272,7 @@ class Reconciler:
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
             await changing(partial(self._publisher.progress, self.facts().values()))
-            if self._running:
+            if self._jobs:
                 self.wake()  # the turn publishes how far they are
 
     async def _turn(self) -> Plan:
@@ -312,7 +290,7 @@ class Reconciler:
         for action in decided.actions:
             if not await self._attempt(action, wants):
                 break  # what follows may count on room that it did not make
-        self._pulls.answer(self._known, self._running)
+        self._pulls.answer(self._known, self._jobs)
         await self._publish()
         return decided
 
@@ -322,9 +300,9 @@ class Reconciler:
 
     async def _cancel_the_outdated(self, wants: Mapping[CacheKey, Want]) -> None:
         """A job for other patterns than those that are wanted now would publish the wrong files."""
-        for key, running in list(self._running.items()):
-            if key in wants and running.tally.want.ref != wants[key].ref:
-                await self._cancel(running)
+        for key, tally in self._jobs.tallies().items():
+            if key in wants and tally.want.ref != wants[key].ref:
+                await self._cancel(key)
 
     def _wants(self) -> dict[CacheKey, Want]:
         """The desired state, beside it what somebody waits for, and what is being mended."""
@@ -342,7 +320,7 @@ class Reconciler:
             entries=known.entries(),
             damaged=frozenset(known.damaged),
             ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
-            jobs={key: running.tally.job for key, running in self._running.items()},
+            jobs=self._jobs.jobs(),
             attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
             in_use=await self._in_use(),
             left=self._left(),
@@ -356,7 +334,7 @@ class Reconciler:
         for key in known.desired.wants.keys() - known.asked_for:
             await self._index.record_asked(key)
             known.asked_for.add(key)
-        for key in known.asked_for - known.desired.wants.keys() - present - self._running.keys():
+        for key in known.asked_for - known.desired.wants.keys() - present - self._jobs.keys():
             await self._index.forget_asked(key)
             known.asked_for.discard(key)
 
@@ -378,7 +356,7 @@ class Reconciler:
         return Volume(
             capacity=space.capacity,
             free=space.free,
-            reclaiming=self._reclaiming,
+            reclaiming=self._removal.reclaiming,
             high=self._policy.high,
             low=self._policy.low,
             max_fetches=self._policy.max_fetches,
@@ -433,30 +411,24 @@ class Reconciler:
                 tally = Tally(wants[key], stage=stage, total=ingest.total)
                 self._run_job(tally, self._fetcher.fetch(tally))
             case Cancel(key):
-                if (running := self._running.get(key)) is not None:  # else it has just ended
-                    await self._cancel(running)
+                await self._cancel(key)
             case Withdraw(key):
                 await self._withdraw(key)
             case Evict(key, size):
                 return await self._evict(key, size)
             case Abandon(key):
-                await changing(lambda: self._store.abandon(key))
+                await self._removal.abandon(key)
                 self._known.ingests = await looking(self._store.ingests)
                 self._known.mending.pop(key, None)
-                self._trash.set()
         return True
 
-    async def _cancel(self, running: _Running) -> None:
-        running.task.cancel()
-        await asyncio.wait([running.task])
+    async def _cancel(self, key: CacheKey) -> None:
+        await self._jobs.cancel(key)
         await self._settle_jobs()
 
-    def _run_job(self, tally: Tally, work: Coroutine[Any, Any, Manifest | None]) -> None:
-        key = tally.want.key
-        self._known.started.setdefault(key, self._clock())
-        task = asyncio.create_task(work, name=f"{tally.job.stage} {tally.want.ref.uri}")
-        task.add_done_callback(lambda _: self.wake())
-        self._running[key] = _Running(task, tally)
+    def _run_job(self, tally: Tally, work: Work) -> None:
+        self._known.started.setdefault(tally.want.key, self._clock())
+        self._jobs.begin(tally, work)
         self._pulls.begun(tally)
 
     async def _withdraw(self, key: CacheKey) -> None:
@@ -466,64 +438,36 @@ class Reconciler:
         self._known.withdraw(key)
         await self._index.record_gone(key)
         self._known.ingests = await looking(self._store.ingests)
-        self._trash.set()  # what had been begun beside it
+        self._removal.sweep_soon()  # what had been begun beside it
         self.wake()
 
     async def _evict(self, key: CacheKey, size: int) -> bool:
-        """Design D3: off offer, look once more who uses it, then away. False: somebody came."""
-        await changing(lambda: self._store.begin_retire(key))
-        used = None
-        try:
-            used = await self._in_use_now()
-        finally:  # also where nobody can tell
-            if used is None or key in used:
-                await changing(lambda: self._store.cancel_retire(key))
-        if used is None or key in used:
+        if not await self._removal.retire(key, size):
             self.wake()
             return False
-        await changing(lambda: self._store.finish_retire(key))
         self._known.sealed.pop(key)
         await self._index.record_gone(key)
         self._metrics.evictions.inc()
         self._metrics.evicted_bytes.inc(size)
-        self._reclaiming += size
-        self._trash.set()
         return True
-
-    async def _sweep(self) -> None:
-        """The one worker that unlinks; its bytes count as reclaimed until it is done."""
-        while True:
-            await self._trash.wait()
-            self._trash.clear()
-            promised = self._reclaiming
-            try:
-                await looking(self._store.sweep)  # may be cut off anywhere
-            except AgentError as error:
-                _log.warning("%s", error.message)
-            self._reclaiming -= promised
-            self.wake()
 
     # -- results ------------------------------------------------------------------------------
 
     async def _settle_jobs(self) -> None:
         """Learn from every job that ended."""
-        ended = [key for key, running in self._running.items() if running.task.done()]
+        ended = self._jobs.take()
         if ended:
             self._known.ingests = await looking(self._store.ingests)
-        for key in ended:
-            running = self._running.pop(key)
-            if running.task.cancelled():
+        for end in ended:
+            key = end.want.key
+            if end.cancelled:
                 await self._note_a_late_seal(key)
-                continue
-            error = _only(running.task.exception())
-            if error is None:
-                await self._succeeded(key, running.task.result())
-            elif isinstance(error, AgentError):
-                await self._failed(running.tally.want, error)
+            elif end.error is None:
+                await self._succeeded(key, end.sealed)
             else:
-                _log.error("a job for %s failed", running.tally.want.ref.uri, exc_info=error)
-                what = f"{type(error).__name__}: {str(error)[:200]}"
-                await self._failed(running.tally.want, AgentError(Reason.INTERNAL, what))
+                if end.bug is not None:
+                    _log.error("a job for %s failed", end.want.ref.uri, exc_info=end.bug)
+                await self._failed(end.want, end.error)
 
     async def _note_a_late_seal(self, key: CacheKey) -> None:
         """A job that was cancelled while it sealed has sealed all the same."""
@@ -537,7 +481,7 @@ class Reconciler:
             return
         now = self._clock()
         self._known.seal(key, sealed, now)
-        self._trash.set()  # what is left of the ingest
+        self._removal.sweep_soon()  # what is left of the ingest
         await self._index.record_seal(sealed.entry(last_used=now))
 
     async def _failed(self, want: Want, error: AgentError) -> None:
@@ -556,10 +500,3 @@ class Reconciler:
         facts, desired = self.facts(), self._known.desired
         self._publisher.witness(facts)
         await changing(lambda: self._publisher.write(facts, desired))
-
-
-def _only(error: BaseException | None) -> BaseException | None:
-    """What a task group was about, where it was about one thing."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

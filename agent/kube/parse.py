@@ -204,7 +204,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
             volume = volumes.get(mount["name"], {})
             part = _part(mount)
             if (directory := volume.get("hostPath")) is not None:
-                path = posixpath.normpath(f"/{_text(directory, 'path').lstrip('/')}/{part}")
+                path = posixpath.normpath("/" + f"{_text(directory, 'path')}/{part}".lstrip("/"))
                 directories.add(path)
                 host_paths.setdefault(_text(mount, "mountPath"), path)
             elif (claim := volume.get("persistentVolumeClaim")) is None:

@@ -191,7 +191,7 @@ class FakeCluster:
         patch = await request.json()
         if path != request.path:
             patch = {"status": patch.get("status")}
-        merged = _merged(found, patch)
+        merged = merged(found, patch)
         if merged == found:  # the real one writes nothing either
             return web.json_response(found)
         return web.json_response(await self._store("MODIFIED", path, merged))
@@ -253,7 +253,7 @@ def _shown(request: web.Request, body: Json) -> Json:
     return body
 
 
-def _merged(before: Any, patch: Any) -> Any:
+def merged(before: Any, patch: Any) -> Any:
     """RFC 7396."""
     if not isinstance(patch, dict):
         return patch
@@ -262,7 +262,7 @@ def _merged(before: Any, patch: Any) -> Any:
         if value is None:
             result.pop(name, None)
         else:
-            result[name] = _merged(result.get(name), value)
+            result[name] = merged(result.get(name), value)
     return result
 
 

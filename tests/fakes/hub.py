@@ -711,9 +711,11 @@ class Hub:
         link_seconds: int = 3600,
         port: int = 0,
         cdn_port: int = 0,
+        host: str = _LOOPBACK,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._tls = tls
+        self._host = host
         self._state = _State(root)
         self._pages = _HubPages(self._state, page_size=page_size, link_seconds=link_seconds)
         self._cdn = _Cdn(self._state)
@@ -899,14 +901,14 @@ class Hub:
         try:
             try:
                 ports = [
-                    await listener.listen(port)
+                    await listener.listen(self._host, port)
                     for listener, port in zip(listeners, self._ports, strict=True)
                 ]
             except OSError as error:
                 ready.set_exception(error)
                 return
             self._ports = (ports[0], ports[1])
-            site = f"http://{_LOOPBACK}" if self._tls is None else "https://localhost"
+            site = f"http://{self._host}" if self._tls is None else "https://localhost"
             self._pages.endpoint = f"{site}:{ports[0]}"
             self._pages.cdn_endpoint = f"{site}:{ports[1]}"
             ready.set_result((asyncio.get_running_loop(), stop))
@@ -962,10 +964,10 @@ class _Listener:
         finally:
             self._answering.discard(request.task)
 
-    async def listen(self, port: int) -> int:
+    async def listen(self, host: str, port: int) -> int:
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(
-            self._server, _LOOPBACK, port, backlog=1024, reuse_address=True, ssl=self._tls
+            self._server, host, port, backlog=1024, reuse_address=True, ssl=self._tls
         )
         bound: int = self._listening.sockets[0].getsockname()[1]
         return bound
