@@ -224,7 +224,8 @@ class Cluster:
         if self._refusal is not None:
             return f"{self._refusal.reason}: {self._refusal.message}"
         if self._reconciler is None:
-            return "waits for the API server"
+            failures = sorted({watch.failure for watch in self._watches if watch.failure})
+            return "; ".join(["waits for the API server", *failures])
         return None if self._reconciler.ready.is_set() else "looks at the cache"
 
     @property

@@ -63,6 +63,8 @@ class Watch(Generic[T]):
         """Names of objects that `parse` refused: nobody knows what is in them."""
         self.current = False
         """Whether the last we heard of the server was no failure."""
+        self.failure = ""
+        """What was the last failure, while it is the last we heard."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -86,8 +88,9 @@ class Watch(Generic[T]):
             self._version = ""
             self._replace({})
             return _ABSENT_SECONDS * (0.5 + self._dice())
-        if self.current or self._failures == 0:
+        if self.failure != error.message:
             _log.warning("%s", error.message)
+        self.failure = error.message
         if self.current:
             self.current = False
             self._changed()
@@ -121,7 +124,7 @@ class Watch(Generic[T]):
         self._changed()
 
     def _well(self) -> None:
-        self.current, self._failures = True, 0
+        self.current, self._failures, self.failure = True, 0, ""
 
     async def _follow(self) -> None:
         """One watch, to its end."""

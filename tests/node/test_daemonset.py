@@ -64,6 +64,15 @@ class Agent:
         """Have KServe's controller ask for one more model; the directory where it should be."""
         uri = f"hf://{repo}"
         self._wanted[name] = uri
+        self._ask()
+        return on_host("/models") / layout.model(cache_key(uri))
+
+    def forget(self, name: str) -> None:
+        """Have the controller not ask for it any more."""
+        del self._wanted[name]
+        self._ask()
+
+    def _ask(self) -> None:
         models = [{"modelName": name, "sourceModelUri": uri} for name, uri in self._wanted.items()]
         self.node.plane.apply(
             {
@@ -73,7 +82,6 @@ class Agent:
                 "spec": {"localModels": models},
             }
         )
-        return on_host("/models") / layout.model(cache_key(uri))
 
     def status(self) -> dict[str, str]:
         found = self.node.plane.get("localmodelnode", NAME)
@@ -165,6 +173,22 @@ def test_model_of_the_node_object_is_downloaded_and_a_pod_reads_the_same_bytes(
         read = pod.run("sh", "-c", 'cd /mnt/models && sha256sum "$@"', "sh", *names)
         assert read.splitlines() == lines
 
+        # As long as it runs its model stays, whatever the spec says.
+        agent.forget("first")
+        until(lambda: "first" not in agent.status(), agent.describe, seconds=PATIENCE)
+        assert files_of(model) == FILES
+    until(lambda: not model.exists(), agent.describe, seconds=PATIENCE)
+
+
+def test_the_verbs_find_the_cache_in_the_pod(agent: Agent) -> None:
+    """What `kubectl localmodel ls --node NODE` runs."""
+    agent.hub.add("acme/listed", FILES)
+    agent.want("listed", "acme/listed")
+    agent.wait_downloaded("listed")
+    pod = agent.wait_ready()["metadata"]["name"]
+    listed = agent.node.plane.kubectl("exec", pod, "-n", NAMESPACE, "--", "localmodel", "ls")
+    assert "hf://acme/listed" in listed
+
 
 def test_agent_lives_by_its_lease_and_without_privilege(agent: Agent) -> None:
     """Its token is bound to the node, else the shipped policy would have refused the Lease."""
@@ -197,7 +221,7 @@ def test_agent_deleted_amid_a_download_goes_on_where_it_was(agent: Agent) -> Non
     agent.hub.clear_faults()
     assert agent.wait_ready()["metadata"]["uid"] != deleted["uid"]
     agent.wait_downloaded("second")
-    assert agent.status()["first"] == "ModelDownloaded"
+    assert agent.status()["listed"] == "ModelDownloaded"
     assert files_of(model)[second] == FILES[second][::-1]
     assert sent(f"acme/second/{first}") == size
     # What was in flight when the connection went is sent again, and the rest is not.
