@@ -33,6 +33,7 @@ from agent.wishes import Desired, of_node
 _log = logging.getLogger(__name__)
 
 _SERVING = f"/apis/{parse.GROUP}/{parse.VERSION}"
+_OTHERS = frozenset({Reason.OTHER_AGENT, Reason.LOCKED})
 _REASONS = frozenset(reason.value for reason in Reason)
 
 
@@ -258,7 +259,8 @@ class Cluster:
     def _compose(self, node: NodeObject) -> dict[str, Any] | None:
         """None where it is not ours to write: another agent of ours does.
 
-        Beside KServe's agent only the conditions are ours.
+        Beside KServe's agent, and while a command has the cache, only the conditions are ours: of
+        the models nothing has become untrue.
         """
         refusal = self._refusal
         if self._lease.obstacle() is not None:
@@ -277,7 +279,7 @@ class Cluster:
             before=node.status,
             now=self._clock(),
         )
-        if refusal is not None and refusal.reason is Reason.OTHER_AGENT:
+        if refusal is not None and refusal.reason in _OTHERS:
             return {"conditions": status["conditions"]}
         return status
 

@@ -58,6 +58,7 @@ _LOOK_SECONDS = 30.0
 hand is off offer within a minute."""
 
 _PROGRESS_SECONDS = 5.0
+_SPARED_SECONDS = 10.0
 _TOUCH_SECONDS = 300.0
 _LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
@@ -113,6 +114,7 @@ class Reconciler:
         self._forgiven: set[CacheKey] = set()
         self._touched: dict[CacheKey, float] = {}
         self._hears = False
+        self._spared: dict[CacheKey, float] = {}
         self._look_at = 0.0
         self.turned_at = time.monotonic()  # not `clock`: that one may be set, also by days
         self.ready = asyncio.Event()
@@ -254,7 +256,7 @@ class Reconciler:
             wake_at = self._clock() + _LOOK_SECONDS
             try:
                 decided = await self._turn()
-                wake_at = min(wake_at, decided.wake_at or wake_at)
+                wake_at = min(wake_at, decided.wake_at or wake_at, *self._spared.values())
                 self._metrics.turns.labels(result="ok").inc()
                 self.turned_at = time.monotonic()
                 self._metrics.last_turn.set(self._clock())
@@ -322,9 +324,16 @@ class Reconciler:
             ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
             jobs=self._jobs.jobs(),
             attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
-            in_use=await self._in_use(),
+            in_use=await self._used(),
             left=self._left(),
         )
+
+    async def _used(self) -> frozenset[CacheKey] | None:
+        """What pods use, and what was spared a moment ago."""
+        now, used = self._clock(), await self._in_use()
+        # A clock that was set back must not spare anything for longer.
+        self._spared = {k: t for k, t in self._spared.items() if 0 < t - now <= _SPARED_SECONDS}
+        return None if used is None else used | self._spared.keys()
 
     async def _note_the_wanted(self) -> None:
         """Remember which keys the desired state has asked for, also over a restart: what leaves it
@@ -443,7 +452,9 @@ class Reconciler:
 
     async def _evict(self, key: CacheKey, size: int) -> bool:
         if not await self._removal.retire(key, size):
-            self.wake()
+            # The watch has not heard of the pod yet, or the server cannot answer. Tried again at
+            # once, that would be a loop of fsyncs and requests.
+            self._spared[key] = self._clock() + _SPARED_SECONDS
             return False
         self._known.sealed.pop(key)
         await self._index.record_gone(key)
