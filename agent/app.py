@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 USER_AGENT = f"localmodel-agent/{__version__}"
 
+_FAILED_TURNS = 3  # in a row: until then it may pass, as a disk that is busy does
 _AGAIN_SECONDS = 5.0
 """How often an obstacle is looked at again, and whether the disk is still the one we opened."""
 
@@ -143,7 +144,7 @@ async def _opened_index(state: Path, store: Store) -> AsyncIterator[Index]:
 def _make_private(state: Path) -> None:
     with disk_errors(f"make the state directory {state}"):
         state.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in state.iterdir()]
+        names = [path.name for path in state.iterdir() if path.name != "lost+found"]
         ours = (layout.INDEX, layout.SOCKET, layout.STATUS, layout.KNOWN_VOLUME)
         if not all(name.startswith(ours) for name in names):
             # `--state /tmp` must not close /tmp to everybody else.
@@ -160,7 +161,9 @@ async def turning(cache: Cache, desired: Desired) -> AsyncIterator[asyncio.Task[
     cache.reconciler.desire(desired)
     loop = asyncio.create_task(cache.reconciler.run())
     try:
-        await _first([loop], cache.reconciler.ready.wait())
+        await _first([loop], cache.reconciler.tried.wait())
+        if cache.reconciler.trouble is not None:
+            raise cache.reconciler.trouble
         yield loop
     finally:
         loop.cancel()
@@ -276,17 +279,23 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
         await arrivals.open()
         cluster.manages(cache.reconciler, arrivals)
         try:
-            desired = cluster.desired()
+            desired, users = cluster.desired(), cluster.users()
             async with _in_service(settings, cache, desired) as turns:
                 while (obstacle := cluster.obstacle()) is None:
                     if (now := cluster.desired()) != desired:
                         desired = now
                         cache.reconciler.desire(desired)
                     await looking(cache.store.check)
-                    await arrivals.see(cluster.users())
+                    if (seen := cluster.users()) != users:
+                        users = seen
+                        cache.reconciler.wake()  # somebody who left may have been the last
+                    await arrivals.see(users)
+                    if cache.reconciler.failed_turns >= _FAILED_TURNS and cache.reconciler.trouble:
+                        raise cache.reconciler.trouble
                     await _first([turns], cluster.woken(_AGAIN_SECONDS))
                 return obstacle
         finally:
+            await cluster.last_word()
             cluster.manages(None)
 
 

@@ -48,7 +48,9 @@ class Arrivals:
         """The pods of the node now, by UID, with the models that each uses; those that have ended
         are not among them."""
         for uid, keys in pods.items():
-            if keys and uid not in self._counted:
+            # What is half way gone is looked at again when that is decided.
+            going = any(map(self._reconciler.retiring, keys))
+            if keys and uid not in self._counted and not going:
                 await self._count(uid, keys)
         for uid in self._counted - set(pods):
             self._counted.discard(uid)

@@ -1,7 +1,8 @@
 """What the API server says to one node, and what the node says back (design D15, D16).
 
-Five watches, a Lease, a status, Events; nothing else is ever asked of the API server. The cache
-itself is kept by `reconcile`, which does not know that there is a cluster.
+Five watches, a Lease, a status, Events, and a list of the node's pods before a model goes; nothing
+else is ever asked of the API server. The cache itself is kept by `reconcile`, which does not know
+that there is a cluster.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from math import inf
 from typing import Any
 
 from agent import __version__, disk, usage
@@ -17,7 +19,7 @@ from agent.arrivals import Arrivals
 from agent.config import Settings
 from agent.errors import AgentError, Reason
 from agent.kube import parse
-from agent.kube.client import Api, ApiError
+from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
 from agent.kube.nodestatus import compose, disk_numbers
@@ -32,6 +34,12 @@ from agent.wishes import Desired, of_node
 
 _log = logging.getLogger(__name__)
 
+_ORPHAN_SECONDS = 2.0
+"""How long an entry waits for its cache, whose annotations may say which bytes are wanted. The two
+come by different watches, milliseconds apart."""
+
+_SETTLE_SECONDS = 2.0
+_LAST_WORD_SECONDS = 3.0  # of the thirty that a pod has
 _SERVING = f"/apis/{parse.GROUP}/{parse.VERSION}"
 _OTHERS = frozenset({Reason.OTHER_AGENT, Reason.LOCKED})
 _REASONS = frozenset(reason.value for reason in Reason)
@@ -41,12 +49,18 @@ class Cluster:
     """One node's side of a cluster."""
 
     def __init__(
-        self, api: Api, settings: Settings, *, clock: Callable[[], float] = time.time
+        self,
+        api: Api,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         assert settings.node_name is not None
         self._api = api
         self._settings = settings
         self._clock = clock
+        self._ticks = ticks
         self._me = _identity(settings)
         self._loop = asyncio.get_running_loop()
         self._flag = asyncio.Event()
@@ -55,6 +69,9 @@ class Cluster:
         self._bodies: Mapping[str, Body] = {}
         self._disk: dict[str, int] | None = None
         self._refusal: AgentError | None = None
+        self._seen_groups: set[str] = set()
+        self._orphans: dict[str, float] = {}
+        self._changed_at = -inf
         node = settings.node_name
         self._node = Watch(
             api,
@@ -80,7 +97,7 @@ class Cluster:
             settings.pod_namespace,
             node,
             holder=self._me,
-            gone=lambda holder: usage.holder_is_gone(holder, self._pods.objects),
+            gone=self._is_gone,
             changed=self.wake,
         )
         self._writer = StatusWriter(
@@ -111,12 +128,16 @@ class Cluster:
         await self._pods.listed.wait()  # else nobody can tell whether the last holder is gone
         await self._lease.run()
 
-    async def leave(self) -> None:
-        """Say the last word and let the next agent in."""
+    async def last_word(self) -> None:
+        """Say what has not been said yet, while it is known: the cache is about to be closed."""
         try:
-            await self._writer.flush()
-        except ApiError as error:
-            _log.info("the last status is not written: %s", error.message)
+            async with asyncio.timeout(_LAST_WORD_SECONDS):
+                await self._writer.flush()
+        except (AgentError, TimeoutError) as error:
+            _log.info("the last status is not written: %s", error)
+
+    async def leave(self) -> None:
+        """Let the next agent in."""
         await self._lease.release()
 
     # -- hearing ------------------------------------------------------------------------------
@@ -127,6 +148,11 @@ class Cluster:
         for watch in self._watches:
             await watch.listed.wait()
         await self._lease.answered.wait()
+
+    def _is_gone(self, holder: str) -> bool:
+        """Whether another holder of the Lease has left the node; a stale list knows nothing."""
+        fresh = self._pods.current and not self._pods.unreadable
+        return fresh and usage.holder_is_gone(holder, self._pods.objects)
 
     def wake(self) -> None:
         self._flag.set()
@@ -139,8 +165,10 @@ class Cluster:
         except TimeoutError:
             pass
         self._flag.clear()
+        self._writer.changed()
 
     def _node_changed(self) -> None:
+        self._changed_at = self._ticks()
         self._writer.seen(self._object)
         self.wake()
 
@@ -154,12 +182,31 @@ class Cluster:
 
     def desired(self) -> Desired:
         metas = (*self._caches.objects.values(), *self._namespace_caches.objects.values())
+        caches = {(meta.namespace, meta.name): meta for meta in metas}
         return of_node(
             self._object,
-            {(meta.namespace, meta.name): meta for meta in metas},
+            caches,
             self._groups.objects,
+            unconfirmed=self._unconfirmed(caches),
             served=self._served,
         )
+
+    def _unconfirmed(self, caches: Mapping[tuple[str, str], CacheMeta]) -> set[str]:
+        """Entries without a cache, for as long as its watch may just not have heard of it yet."""
+        now = self._ticks()
+        entries = self._object.entries if self._object else ()
+        orphans = {e.name for e in entries if (e.namespace, e.model) not in caches}
+        self._orphans = {name: self._orphans.get(name, now) for name in orphans}
+        stale = {
+            entry.name
+            for entry in entries
+            if not (self._namespace_caches if entry.namespace else self._caches).current
+        }
+        return {
+            name
+            for name, since in self._orphans.items()
+            if name in stale or now - since < _ORPHAN_SECONDS
+        }
 
     def obstacle(self) -> AgentError | None:
         """Why this agent must not manage the cache now."""
@@ -178,7 +225,7 @@ class Cluster:
         try:
             page = await self._api.get("/api/v1/pods", self._on_node)
             pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in page.get("items") or []}
-        except (AgentError, LookupError, TypeError, AttributeError) as error:
+        except (AgentError, LookupError, TypeError, AttributeError, ValueError) as error:
             _log.warning("nobody can tell who uses the models: %s", error)
             return None
         return self._all_keys(pods)
@@ -193,11 +240,10 @@ class Cluster:
 
     def _keys(self, pods: Mapping[str, Pod]) -> dict[str, frozenset[CacheKey]]:
         sealed = self._reconciler.sealed().keys() if self._reconciler else ()
-        entries = self._object.entries if self._object else ()
-        claims = usage.claims(self._groups.objects, {entry.model for entry in entries})
+        self._seen_groups.update(self._groups.objects)  # a group that goes leaves its pods
         served = self._served
         return {
-            uid: usage.keys_of(pod, sealed=sealed, claims=claims, served=served)
+            uid: usage.keys_of(pod, sealed=sealed, groups=self._seen_groups, served=served)
             for uid, pod in pods.items()
         }
 
@@ -225,9 +271,9 @@ class Cluster:
         if self._refusal is not None:
             return f"{self._refusal.reason}: {self._refusal.message}"
         if self._reconciler is None:
-            failures = sorted({watch.failure for watch in self._watches if watch.failure})
-            return "; ".join(["waits for the API server", *failures])
-        return None if self._reconciler.ready.is_set() else "looks at the cache"
+            failures = {watch.failure for watch in self._watches} | {self._lease.failure}
+            return "; ".join(["waits for the API server", *sorted(failures - {""})])
+        return self._reconciler.not_ready()
 
     @property
     def turned_at(self) -> float:
@@ -268,6 +314,9 @@ class Cluster:
         if refusal is None and (self._reconciler is None or not self._reconciler.ready.is_set()):
             return None
         names = [*(entry.name for entry in node.entries), *(name for name, _ in node.refused)]
+        fresh = self._ticks() - self._changed_at < _SETTLE_SECONDS
+        if refusal is None and fresh and not self._bodies.keys() >= set(names):
+            return None  # a new entry: the turn that is coming knows what to say of it
         status = compose(
             names,
             self._bodies,
@@ -299,7 +348,7 @@ class Cluster:
             self._tell(name, "Normal", Phase.READY, message)
 
     def _tell(self, name: str, kind: Any, reason: Reason | Phase, message: str) -> None:
-        self._tell_the_node(kind, reason, f"{name}: {message}")
+        self._tell_the_node(kind, reason, f"{name}: {message}", topic=name)
         namespace, _, model = name.rpartition("/")
         watch = self._namespace_caches if namespace else self._caches
         meta = watch.objects.get(name)
@@ -308,11 +357,13 @@ class Cluster:
             subject = Subject(meta.kind, namespace, model, meta.uid)
             self._recorder.say(subject, kind, reason.value, node)
 
-    def _tell_the_node(self, kind: Any, reason: Reason | Phase, message: str) -> None:
+    def _tell_the_node(
+        self, kind: Any, reason: Reason | Phase, message: str, *, topic: str = ""
+    ) -> None:
         found = self._object
         if found is not None and self._settings.node_name is not None:
             subject = Subject("LocalModelNode", "", self._settings.node_name, found.uid)
-            self._recorder.say(subject, kind, reason.value, message)
+            self._recorder.say(subject, kind, reason.value, message, topic=topic)
 
     def _tell_of_another_writer(self) -> None:
         message = "somebody else writes the status of this LocalModelNode too; it is written less"

@@ -59,7 +59,7 @@ def models_and_attempts(db: Database) -> None:
 
 @migrations()
 def asked_and_pods(db: Database) -> None:
-    db.execute("create table asked (key text primary key) strict")
+    db.execute("create table asked (key text primary key, owner text not null) strict")
     db.execute(
         "create table pods (uid text primary key, result text not null, seen_at real not null)"
         " strict"
@@ -129,16 +129,21 @@ class Index:
     async def attempts(self) -> dict[CacheKey, Attempt]:
         return await self._run(_attempts)
 
-    async def record_asked(self, key: CacheKey) -> None:
-        """The desired state asked for this key."""
-        await self._note(lambda db: db.execute("insert or ignore into asked values (?)", [key]))
+    async def record_asked(self, key: CacheKey, owner: str) -> None:
+        """The desired state of this owner asked for this key."""
+        row = [key, owner]
+        await self._note(lambda db: db.execute("insert or replace into asked values (?, ?)", row))
 
     async def forget_asked(self, key: CacheKey) -> None:
         await self._note(lambda db: db.execute("delete from asked where key = ?", [key]))
 
-    async def asked(self) -> set[CacheKey]:
+    async def asked(self) -> dict[CacheKey, str]:
+        """The keys that were asked for, and by whose desired state."""
         return await self._run(
-            lambda db: {CacheKey(key) for (key,) in db.execute("select key from asked").fetchall()}
+            lambda db: {
+                CacheKey(key): owner
+                for key, owner in db.execute("select key, owner from asked").fetchall()
+            }
         )
 
     async def record_pod(self, uid: str, result: str, when: float) -> None:

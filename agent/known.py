@@ -42,8 +42,8 @@ class Known:
     attempts: dict[CacheKey, Attempt] = field(default_factory=dict)
     blocked: Mapping[CacheKey, Block] = field(default_factory=dict)
     started: dict[CacheKey, float] = field(default_factory=dict)
-    asked_for: set[CacheKey] = field(default_factory=set)
-    """Keys that the desired state has asked for, in this life or an earlier one."""
+    asked_for: dict[CacheKey, str] = field(default_factory=dict)
+    """Keys that the desired state has asked for, in this life or an earlier one, and its owner."""
 
     def entry(self, key: CacheKey) -> Entry | None:
         found = self.sealed.get(key)

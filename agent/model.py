@@ -17,6 +17,14 @@ def cache_key(uri: str) -> CacheKey:
     return CacheKey(hashlib.sha256(uri.encode()).hexdigest()[:16])
 
 
+def quantity(size: int) -> str:
+    """Bytes as people read them, and as a Kubernetes quantity: 0, 512Mi, 1.4Ti."""
+    power = max(0, min((size.bit_length() - 1) // 10, 5)) if size > 0 else 0
+    value = size / 1024**power
+    text = f"{value:.1f}".rstrip("0").rstrip(".") if value < 100 else f"{value:.0f}"
+    return text + ("", "Ki", "Mi", "Gi", "Ti", "Pi")[power]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
     """What was asked for. The patterns are not part of the key (design D2)."""
@@ -181,7 +189,9 @@ class Attempt:
 class Actual:
     """What is there. `in_use` is None when it could not be established: then nothing is evicted.
 
-    `left` are keys that the desired state asked for once and does not any more, kept no longer.
+    `left` are keys that the desired state asked for once and does not any more, kept no longer;
+    `kept` are no victims though nothing wants them now, because nobody said that they may go;
+    `begun` holds every ingest, also those whose listing is not to be used again.
     """
 
     entries: Mapping[CacheKey, Entry]
@@ -191,6 +201,8 @@ class Actual:
     attempts: Mapping[CacheKey, Attempt] = field(default_factory=dict)
     in_use: frozenset[CacheKey] | None = None
     left: frozenset[CacheKey] = frozenset()
+    kept: frozenset[CacheKey] = frozenset()
+    begun: frozenset[CacheKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from agent.model import (
     Volume,
     Want,
     Withdraw,
+    quantity,
 )
 
 
@@ -109,7 +110,7 @@ class _Planner:
                 self.actions.append(Evict(key, entry.bytes))
                 self.room += entry.bytes
                 self.victims = [victim for victim in self.victims if victim.key != key]
-            elif key in self.actual.ingests:
+            elif key in self.actual.ingests or key in self.actual.begun:
                 self.actions.append(Abandon(key))
 
     def _victims(self) -> list[Entry]:
@@ -124,6 +125,7 @@ class _Planner:
                 for key, entry in self.actual.entries.items()
                 if key not in self.desired
                 and key not in used
+                and key not in self.actual.kept
                 and key not in self.actual.damaged
                 and key not in self.actual.jobs
                 and entry.sealed_at <= old
@@ -179,8 +181,8 @@ class _Planner:
             self._block(
                 key,
                 Blocked.LARGER_THAN_VOLUME,
-                f"needs {ingest.total} bytes; this volume may hold {self.ceiling} of"
-                f" {self.volume.capacity}",
+                f"needs {quantity(ingest.total)}; this volume may hold {quantity(self.ceiling)} of"
+                f" {quantity(self.volume.capacity)}",
             )
             return
         short = ingest.remaining - self.room
@@ -190,8 +192,9 @@ class _Planner:
             self._block(
                 key,
                 Blocked.INSUFFICIENT_CAPACITY,
-                f"needs {ingest.remaining} bytes more; {max(0, self.room)} are free below the"
-                f" high mark and {sum(entry.bytes for entry in self.victims)} could be evicted",
+                f"needs {quantity(ingest.remaining)} more; {quantity(max(0, self.room))} are free"
+                " below the high mark and"
+                f" {quantity(sum(entry.bytes for entry in self.victims))} could be evicted",
             )
             return
         self._evict(victims)

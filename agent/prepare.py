@@ -1,7 +1,8 @@
 """Makes the top directories and gives them to the agent: the one step that needs to be root.
 
 Runs as an init container with CHOWN, FOWNER and DAC_OVERRIDE, so that a fresh node needs no human.
-It never goes below the top directories, never follows a link, and writes no file.
+It never goes below the top directories, never follows a link, and writes no file. What is not ours
+keeps its owner: it takes only the files that are in `.localmodel` and in the state directory.
 """
 
 import os
@@ -30,13 +31,13 @@ def prepare(root: Path, state: Path, owner: tuple[int, int], *, require_dedicate
     """Raises DiskMissing where the cache's disk is away: nothing is made then."""
     Volume(root, state).check(require_dedicated=require_dedicated)
     _own(state, layout.PRIVATE_MODE, owner)
-    _own(root, layout.DIRECTORY_MODE, owner)
+    _own(root, layout.DIRECTORY_MODE, owner, files=False)
     _own(root / layout.HIDDEN, layout.DIRECTORY_MODE, owner)
     for name, mode in DIRECTORIES:
-        _own(root / name, mode, owner)
+        _own(root / name, mode, owner, files=name != layout.MODELS)
 
 
-def _own(path: Path, mode: int, owner: tuple[int, int]) -> None:
+def _own(path: Path, mode: int, owner: tuple[int, int], *, files: bool = True) -> None:
     """Make a directory, and it and the files in it the owner's: not what is in its directories."""
     with disk_errors(f"prepare {path}"):
         path.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def _own(path: Path, mode: int, owner: tuple[int, int]) -> None:
                 os.fchmod(descriptor, mode)
             with os.scandir(descriptor) as entries:
                 for entry in entries:
-                    if entry.is_file(follow_symlinks=False):
+                    if files and entry.is_file(follow_symlinks=False):
                         os.chown(entry.name, *owner, dir_fd=descriptor, follow_symlinks=False)
         finally:
             os.close(descriptor)

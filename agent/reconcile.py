@@ -117,6 +117,11 @@ class Reconciler:
         self._spared: dict[CacheKey, float] = {}
         self._look_at = 0.0
         self.turned_at = time.monotonic()  # not `clock`: that one may be set, also by days
+        self.trouble: AgentError | None = None
+        """Why the last turn failed, if it did."""
+        self.failed_turns = 0
+        self.tried = asyncio.Event()
+        """Set after the first turn, however it ended."""
         self.ready = asyncio.Event()
         """Set after the first turn: what is on offer is known."""
 
@@ -168,6 +173,8 @@ class Reconciler:
         return self.pull(Want(ref=ref))
 
     def not_ready(self) -> str | None:
+        if self.trouble is not None:
+            return f"{self.trouble.reason}: {self.trouble.message}"
         return None if self.ready.is_set() else "looks at the cache"
 
     # -- asking -------------------------------------------------------------------------------
@@ -188,13 +195,17 @@ class Reconciler:
         wanted = key in self._jobs or key in self._wants()
         return wanted and key not in self._known.attempts
 
+    def retiring(self, key: CacheKey) -> bool:
+        """Whether it is half way gone: nobody can say yet whether it will be on offer again."""
+        return key in self._removal.retiring
+
     def failure(self, key: CacheKey) -> Attempt | None:
         return self._known.attempts.get(key)
 
     async def look(self, key: CacheKey) -> bool:
         """Whether a model is on offer and its files are all there, in their sizes."""
         found = self._known.sealed.get(key)
-        if found is None or key in self._known.damaged:
+        if found is None or key in self._known.damaged or key in self._removal.retiring:
             return False
         missing = await looking(lambda: self._store.damage(key, found))
         self._note_damage(key, missing)
@@ -259,12 +270,15 @@ class Reconciler:
                 wake_at = min(wake_at, decided.wake_at or wake_at, *self._spared.values())
                 self._metrics.turns.labels(result="ok").inc()
                 self.turned_at = time.monotonic()
+                self.trouble, self.failed_turns = None, 0
                 self._metrics.last_turn.set(self._clock())
                 self.ready.set()
             except AgentError as error:
                 # The disk is away, say. Nothing was decided; look again soon.
                 _log.warning("cannot observe the cache: %s", error.message)
                 self._metrics.turns.labels(result="failed").inc()
+                self.trouble, self.failed_turns = error, self.failed_turns + 1
+            self.tried.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.05, wake_at - self._clock())):
                     await self._flag.wait()
@@ -326,6 +340,8 @@ class Reconciler:
             attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
             in_use=await self._used(),
             left=self._left(),
+            kept=self._kept(),
+            begun=frozenset(known.ingests),
         )
 
     async def _used(self) -> frozenset[CacheKey] | None:
@@ -340,18 +356,27 @@ class Reconciler:
         while no agent runs has left it all the same."""
         known = self._known
         present = known.sealed.keys() | known.ingests.keys()
-        for key in known.desired.wants.keys() - known.asked_for:
-            await self._index.record_asked(key)
-            known.asked_for.add(key)
-        for key in known.asked_for - known.desired.wants.keys() - present - self._jobs.keys():
+        wants, owner = known.desired.wants, known.desired.owner
+        for key in wants:
+            if known.asked_for.get(key) != owner:
+                await self._index.record_asked(key, owner)
+                known.asked_for[key] = owner
+        for key in known.asked_for.keys() - wants.keys() - present - self._jobs.keys():
             await self._index.forget_asked(key)
-            known.asked_for.discard(key)
+            del known.asked_for[key]
 
     def _left(self) -> frozenset[CacheKey]:
         desired = self._known.desired
         if self._policy.retain or not (self._hears and desired.complete):
             return frozenset()
-        return frozenset(self._known.asked_for - self._wants().keys() - desired.spoken_for)
+        asked = {key for key, who in self._known.asked_for.items() if who == desired.owner}
+        return frozenset(asked - self._wants().keys() - desired.spoken_for)
+
+    def _kept(self) -> frozenset[CacheKey]:
+        """What nobody wants now, and nobody said may go: its object is away, or cannot be read."""
+        desired = self._known.desired
+        asked = frozenset() if desired.complete else self._known.asked_for.keys()
+        return desired.spoken_for | asked
 
     def _bounded(self, attempt: Attempt) -> Attempt:
         """A clock that was wrong when it failed must not put the next try off for years."""
@@ -444,7 +469,10 @@ class Reconciler:
         """Off offer first; then it is a want like any other, with most of its bytes there."""
         found = self._known.sealed[key]
         await changing(lambda: self._store.reopen(key, found))
+        gone_for_good = key in self._left()
         self._known.withdraw(key)
+        if gone_for_good:  # nobody wants it whole again: what is left of it is given up next
+            del self._known.mending[key]
         await self._index.record_gone(key)
         self._known.ingests = await looking(self._store.ingests)
         self._removal.sweep_soon()  # what had been begun beside it
@@ -453,7 +481,7 @@ class Reconciler:
     async def _evict(self, key: CacheKey, size: int) -> bool:
         if not await self._removal.retire(key, size):
             # The watch has not heard of the pod yet, or the server cannot answer. Tried again at
-            # once, that would be a loop of fsyncs and requests.
+            # once, that would be a loop of requests. The next candidates wait as well.
             self._spared[key] = self._clock() + _SPARED_SECONDS
             return False
         self._known.sealed.pop(key)

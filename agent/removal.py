@@ -15,6 +15,8 @@ from agent.threads import changing, looking
 
 _log = logging.getLogger(__name__)
 
+_AGAIN_SECONDS = 60.0
+
 InUse = Callable[[], Awaitable[frozenset[CacheKey] | None]]
 
 
@@ -31,24 +33,36 @@ class Removal:
         self._in_use_now = in_use_now
         self._swept = swept
         self._trash = asyncio.Event()
+        self.retiring: set[CacheKey] = set()
+        """Off offer, and not yet decided."""
         self.reclaiming = 0
         """Bytes that were retired and are not unlinked yet."""
 
     async def retire(self, key: CacheKey, size: int) -> bool:
         """False: somebody came, or nobody can tell; it is on offer as before."""
-        await changing(lambda: self._store.begin_retire(key))
-        used = None
-        try:
-            used = await self._in_use_now()
-        finally:  # also where nobody can tell
-            if used is None or key in used:
-                await changing(lambda: self._store.cancel_retire(key))
-        if used is None or key in used:
+        if not await self._unused(key):  # most who come have come before it was off offer
             return False
-        await changing(lambda: self._store.finish_retire(key))
+        self.retiring.add(key)
+        try:
+            await changing(lambda: self._store.begin_retire(key))
+            unused = False
+            try:
+                unused = await self._unused(key)
+            finally:  # also where nobody can tell
+                if not unused:
+                    await changing(lambda: self._store.cancel_retire(key))
+            if not unused:
+                return False
+            await changing(lambda: self._store.finish_retire(key))
+        finally:
+            self.retiring.discard(key)
         self.reclaiming += size
         self.sweep_soon()
         return True
+
+    async def _unused(self, key: CacheKey) -> bool:
+        used = await self._in_use_now()
+        return used is not None and key not in used
 
     async def abandon(self, key: CacheKey) -> None:
         """Give up what was begun and is not sealed."""
@@ -68,5 +82,8 @@ class Removal:
                 await looking(self._store.sweep)  # may be cut off anywhere
             except AgentError as error:
                 _log.warning("%s", error.message)
+                await asyncio.sleep(_AGAIN_SECONDS)
+                self._trash.set()
+                continue
             self.reclaiming -= promised
             self._swept()

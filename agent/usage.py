@@ -8,20 +8,18 @@ from agent.kube.parse import Pod, PodRole
 from agent.model import CacheKey
 
 
-def claims(groups: Iterable[str], models: Iterable[str]) -> frozenset[str]:
-    """The names that claims on this cache have: ours, and those of KServe's controller."""
-    ours = {f"localmodel-{group}" for group in groups}
-    theirs = {f"{model}-{group}" for group in groups for model in models}
-    return frozenset(ours | theirs)
-
-
 def keys_of(
-    pod: Pod, *, sealed: Iterable[CacheKey], claims: frozenset[str], served: str
+    pod: Pod, *, sealed: Iterable[CacheKey], groups: Iterable[str], served: str
 ) -> frozenset[CacheKey]:
-    """The models that a pod uses. One that mounts the whole cache may read any of them."""
+    """The models that a pod uses. One that mounts the whole cache may read any of them.
+
+    A claim on the cache of a group is named `<model>-<group>` by KServe and `localmodel-<group>` by
+    us. The models are not compared: one that has left the spec is in use all the same.
+    """
     if pod.finished or pod.role in (PodRole.AGENT, PodRole.KSERVE_AGENT):
         return frozenset()
-    keys, whole = set(pod.keys), not claims.isdisjoint(pod.claims)
+    ends = tuple(f"-{group}" for group in groups)
+    keys, whole = set(pod.keys), any(claim.endswith(ends) for claim in pod.claims)
     root = served.rstrip("/")
     for path in pod.directories:
         if path in (root, f"{root}/{layout.MODELS}"):

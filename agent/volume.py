@@ -4,12 +4,14 @@ A directory looks the same whether its disk is mounted or not. Writing terabytes
 mount point of a disk that is away fills the disk that kubelet lives on. So the volume carries its
 identity, and this machine remembers which volume it had and whether that was a disk of its own.
 
-    on the volume   on the machine              now                     verdict
-    X               X, or nothing, or another   any                     it is X from now on
-    nothing         nothing                     any                     first start: a new volume
-    nothing         X, was dedicated            the machine's own disk  DiskMissing: write nothing
-    nothing         X, was dedicated            a disk of its own       a new disk: begin again
-    nothing         X, was shared               any                     emptied: begin again
+    on the volume   on the machine     now                      verdict
+    X               X                  any                      it is X
+    Y or nothing    nothing            any                      first start here: it is Y, or new
+    Y or nothing    X, was dedicated   the machine's own disk   DiskMissing: write nothing
+    Y or nothing    X, was dedicated   a disk of its own        another disk: it is Y, or new
+    Y or nothing    X, was shared      any                      emptied or replaced: the same
+
+With `--require-dedicated` the machine's own disk is DiskMissing whatever the notes say.
 """
 
 import json
@@ -51,10 +53,11 @@ class Volume:
     def check(self, *, require_dedicated: bool = False) -> None:
         """Raise DiskMissing where nothing must be written now. Writes nothing itself."""
         with disk_errors(f"look at the cache directory {self._root}"):
-            if _read(self._on_volume) is not None:
-                return
-            known = _read(self._on_machine)
-            was_dedicated = known is not None and known.dedicated
+            found, known = _read(self._on_volume), _read(self._on_machine)
+            # A note of the same volume proves it; another one may have been written to the mount
+            # point before the disk was ever mounted.
+            same = found is not None and known is not None and found.id == known.id
+            was_dedicated = known is not None and known.dedicated and not same
             there = next(path for path in (self._root, *self._root.parents) if path.exists())
             if (was_dedicated or require_dedicated) and self._shared(there):
                 why = "its disk is not mounted" if was_dedicated else "--require-dedicated is set"
@@ -84,7 +87,7 @@ def _read(path: Path) -> _Identity | None:
 
 
 def _write(path: Path, identity: _Identity) -> None:
-    aside = path.with_name(f".{path.name}.new")
+    aside = path.with_name(f"{path.name}.new")  # begins as the note does: known to be ours
     aside.write_text(json.dumps(asdict(identity)) + "\n", encoding="utf-8")
     aside.chmod(layout.NOTE_MODE)
     aside.replace(path)

@@ -3,7 +3,7 @@
 Both deliverers of desired state end here: a directory of YAML, and a cluster's LocalModelNode.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from agent.errors import AgentError, Reason
@@ -34,6 +34,8 @@ class Desired:
     errors: tuple[SpecError, ...] = ()
     spoken_for: frozenset[CacheKey] = frozenset()
     complete: bool = True
+    owner: str = ""
+    """The identity of the object that says it all: what another one asked for has not left this."""
 
 
 NOTHING = Desired(wants={}, names={})
@@ -63,12 +65,15 @@ def of_node(
     caches: Mapping[tuple[str, str], CacheMeta],
     groups: Mapping[str, Group],
     *,
+    unconfirmed: Container[str] = (),
     served: str,
 ) -> Desired:
     """What a LocalModelNode asks of its node; None where there is no such object.
 
     `caches` are by namespace ("" for a cluster cache) and name; an entry whose cache is gone is
-    served as the entry says. `served` is our cache's directory on the node.
+    served as the entry says, once it is sure that it is gone: until then its status name is in
+    `unconfirmed`, because its annotations may say which bytes are wanted. `served` is our cache's
+    directory on the node.
     """
     if node is None:
         return Desired(wants={}, names={}, complete=False)
@@ -77,7 +82,11 @@ def of_node(
     refused: set[CacheKey] = set()
     for entry in node.entries:
         meta = caches.get((entry.namespace, entry.model))
+        if meta is None and entry.name in unconfirmed:
+            refused.add(cache_key(entry.uri))
+            continue
         try:
+            _check_source(entry.uri)
             _check_path(groups.get(entry.group), served)
             asked = want(entry.uri, entry.name, meta.annotations if meta else {})
         except AgentError as error:
@@ -88,7 +97,20 @@ def of_node(
     oldest_first = sorted(found, key=lambda item: item[:2])
     desired = join((("", cache) for *_, cache in oldest_first), errors)
     # An entry that cannot be read may name any model.
-    return replace(desired, spoken_for=frozenset(refused), complete=not node.refused)
+    return replace(
+        desired, spoken_for=frozenset(refused), complete=not node.refused, owner=node.uid
+    )
+
+
+def _check_source(uri: str) -> None:
+    """Raise Unsupported for files of the node: a tenant who may create a cache could publish the
+    agent's own token, or another tenant's model."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme.lower() == "file":
+        raise AgentError(
+            Reason.UNSUPPORTED,
+            f"{uri} is a path, and in a cluster nobody's files are read from a node; use hf://",
+        )
 
 
 def _check_path(group: Group | None, served: str) -> None:

@@ -103,7 +103,12 @@ class Api:
         """The events of one watch, until the server ends it. The first item is {}: it is open."""
         timeout = aiohttp.ClientTimeout(total=None, connect=_REQUEST_SECONDS, sock_read=None)
         headers = _accept(metadata)
-        response = await self._send("GET", path, params, headers, None, timeout)
+        try:
+            # A server that hangs before its headers: no limit of aiohttp's is about that alone.
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                response = await self._send("GET", path, params, headers, None, timeout)
+        except TimeoutError as error:
+            raise ApiError(0, f"the watch of {path} does not begin") from error
         try:
             yield {}
             rest = b""
@@ -156,7 +161,10 @@ class Api:
         if response.status == 401:
             response.close()
             if self._token() == used:  # else another request has read it meanwhile
-                fresh = await self._load()
+                try:
+                    fresh = await self._load()
+                except AgentError as error:  # the file is being replaced, say
+                    raise ApiError(401, error.message) from error
                 self._configuration.api_key = fresh.api_key
             response = await self._try(method, path, params, headers, body, limits)
         if response.status >= 300:

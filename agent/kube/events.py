@@ -38,6 +38,20 @@ class Subject:
     uid: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    subject: Subject
+    kind: Kind
+    reason: str
+    message: str
+    topic: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two of them the same Event."""
+        return self.subject.uid or self.subject.name, self.reason, self.topic
+
+
 @dataclass(slots=True)
 class _Told:
     path: str
@@ -53,12 +67,16 @@ class Recorder:
         self._api = api
         self._node = node
         self._clock = clock
-        self._queue: asyncio.Queue[tuple[Subject, Kind, str, str]] = asyncio.Queue(_QUEUE)
-        self._told: OrderedDict[tuple[str, str], _Told] = OrderedDict()
+        self._queue: asyncio.Queue[_Said] = asyncio.Queue(_QUEUE)
+        self._told: OrderedDict[tuple[str, str, str], _Told] = OrderedDict()
 
-    def say(self, subject: Subject, kind: Kind, reason: str, message: str) -> None:
+    def say(
+        self, subject: Subject, kind: Kind, reason: str, message: str, *, topic: str = ""
+    ) -> None:
+        """`topic` tells apart what one object has several of: the models of a node."""
+        said = _Said(subject, kind, reason, message[:_MESSAGE_CHARACTERS], topic)
         try:
-            self._queue.put_nowait((subject, kind, reason, message[:_MESSAGE_CHARACTERS]))
+            self._queue.put_nowait(said)
         except asyncio.QueueFull:
             _log.warning("too many Events; this one is dropped: %s: %s", reason, message)
 
@@ -67,30 +85,29 @@ class Recorder:
         while True:
             item = await self._queue.get()
             try:
-                await self._send(*item)
+                await self._send(item)
             except ApiError as error:
                 _log.warning("an Event is lost: %s", error.message)
 
-    async def _send(self, subject: Subject, kind: Kind, reason: str, message: str) -> None:
-        now, key = self._clock(), (subject.uid or subject.name, reason)
+    async def _send(self, said: _Said) -> None:
+        now, key = self._clock(), said.key
         told = self._told.get(key)
         if told is not None and now - told.begun_at < _LIFE_SECONDS:
             told.count += 1
             if now - told.sent_at < _AGAIN_SECONDS:
                 return
             told.sent_at = now
-            change = {"count": told.count, "lastTimestamp": rfc3339(now), "message": message}
+            change = {"count": told.count, "lastTimestamp": rfc3339(now), "message": said.message}
             try:
                 await self._api.patch(told.path, change)
                 return
             except ApiError as error:
                 if error.status != 404:
                     raise
-        await self._create(subject, kind, reason, message, now)
+        await self._create(said, now)
 
-    async def _create(
-        self, subject: Subject, kind: Kind, reason: str, message: str, now: float
-    ) -> None:
+    async def _create(self, said: _Said, now: float) -> None:
+        subject = said.subject
         # Events about what has no namespace live in `default`; the API server insists.
         namespace = subject.namespace or "default"
         name = f"{subject.name[:200]}.{uuid.uuid4().hex[:16]}"
@@ -108,15 +125,15 @@ class Recorder:
             "kind": "Event",
             "metadata": {"name": name, "namespace": namespace},
             "involvedObject": about,
-            "type": kind,
-            "reason": reason,
-            "message": message,
+            "type": said.kind,
+            "reason": said.reason,
+            "message": said.message,
             "count": 1,
             "firstTimestamp": rfc3339(now),
             "lastTimestamp": rfc3339(now),
             "source": {"component": "localmodel-agent", "host": self._node},
         }
-        self._told[subject.uid or subject.name, reason] = _Told(f"{path}/{name}", 1, now, now)
+        await self._api.create(path, body)
+        self._told[said.key] = _Told(f"{path}/{name}", 1, now, now)
         while len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
-        await self._api.create(path, body)

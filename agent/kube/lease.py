@@ -51,6 +51,8 @@ class Lease:
         self.answered = asyncio.Event()
         """Set when the server has said for the first time whose it is."""
         self._refusal: AgentError | None = None
+        self.failure = ""
+        """What was the last failure, while it is the last we heard of the server."""
 
     def obstacle(self) -> AgentError | None:
         """Why this agent may not manage the node now; None while it holds the Lease.
@@ -68,8 +70,11 @@ class Lease:
                 await self._turn()
                 delay = _RENEW_SECONDS if self._refusal is None else _RETRY_SECONDS
                 self.answered.set()
+                self.failure = ""
             except ApiError as error:
-                _log.warning("%s", error.message)
+                if self.failure != error.message:
+                    _log.warning("%s", error.message)
+                self.failure = error.message
                 self._object = None  # somebody was quicker, or it is gone: look again
                 delay = max(_RETRY_SECONDS, error.retry_after_seconds or 0.0)
                 if error.status == 409:
@@ -144,6 +149,6 @@ class Lease:
                 "leaseDurationSeconds": DURATION_SECONDS,
                 "acquireTime": spec.get("acquireTime") if ours else now,
                 "renewTime": now,
-                "leaseTransitions": (spec.get("leaseTransitions") or 0) + (not ours),
+                "leaseTransitions": (spec.get("leaseTransitions") or 0) + (bool(spec) and not ours),
             },
         }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent.errors import AgentError, Reason
-from agent.model import Space
+from agent.model import Space, quantity
 from agent.phases import Phase
 from agent.status import KSERVE_STATUS, rfc3339
 
@@ -32,7 +32,7 @@ _TROUBLE = frozenset(reason.value for reason in Reason)
 _DOWNLOADED = KSERVE_STATUS[Phase.READY]
 _DOWNLOADING = KSERVE_STATUS[Phase.FETCHING]
 
-_MOVING = frozenset({"downloadedBytes", "lastUsed"})
+_MOVING = frozenset({"downloadedBytes", "lastUsed", "message"})
 """What changes all the time, of a model; of a node, `disk` and the counts of pods."""
 
 
@@ -89,14 +89,6 @@ def disk_numbers(space: Space, *, limit: int, reserved: int) -> dict[str, int]:
     }
 
 
-def quantity(size: int) -> str:
-    """Bytes as people read them, and as a Kubernetes quantity: 0, 512Mi, 1.4Ti."""
-    power = max(0, min((size.bit_length() - 1) // 10, 5)) if size > 0 else 0
-    value = size / 1024**power
-    text = f"{value:.1f}".rstrip("0").rstrip(".") if value < 100 else f"{value:.0f}"
-    return text + ("", "Ki", "Mi", "Gi", "Ti", "Pi")[power]
-
-
 def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """What makes `before` into `after` as a JSON merge patch: nulls for keys that go.
 
@@ -114,8 +106,11 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return patch
 
 
-def urgent(patch: Mapping[str, Any]) -> bool:
-    """Whether a patch says more than how far things are."""
+def urgent(patch: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a patch says more than how far things are.
+
+    A message may hold numbers that move all the time; what it is about is in the other fields.
+    """
     for name, change in patch.items():
         if name == "models":
             for model in change.values():
@@ -124,9 +119,16 @@ def urgent(patch: Mapping[str, Any]) -> bool:
         elif name == "summary":
             if not {"hitPercent"}.issuperset(change):
                 return True
+        elif name == "conditions":
+            if _holds(change) != _holds(before.get("conditions") or []):
+                return True
         elif name not in ("disk", "hits", "misses"):
             return True
     return False
+
+
+def _holds(conditions: Iterable[Body]) -> set[tuple[Any, ...]]:
+    return {tuple(map(c.get, ("type", "status", "reason"))) for c in conditions}
 
 
 def _word(body: Body | None, obstacle: AgentError | None) -> str:

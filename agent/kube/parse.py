@@ -223,7 +223,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         uid=_text(metadata, "uid"),
         namespace=_text(metadata, "namespace"),
         name=_text(metadata, "name"),
-        role=_role(labels, volumes),
+        role=_role(metadata, labels, volumes),
         finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
         keys=frozenset(keys),
         claims=frozenset(claims),
@@ -250,13 +250,18 @@ def _part(mount: Mapping[str, Any]) -> str:
     return posixpath.normpath(known.strip("/"))
 
 
-def _role(labels: Mapping[str, str], volumes: Mapping[str, Any]) -> PodRole:
-    if labels.get("control-plane") == _KSERVE_AGENT:
+def _role(
+    metadata: Mapping[str, Any], labels: Mapping[str, str], volumes: Mapping[str, Any]
+) -> PodRole:
+    """Not by labels alone: those are anybody's to set, and would stop the node's cache."""
+    owners = {owner.get("kind") for owner in metadata.get("ownerReferences") or []}
+    on_host = any("hostPath" in volume for volume in volumes.values())
+    if labels.get("control-plane") == _KSERVE_AGENT and "DaemonSet" in owners and on_host:
         return PodRole.KSERVE_AGENT
     if labels.get(AGENT_LABEL[0]) == AGENT_LABEL[1]:
         return PodRole.AGENT
-    # Its Jobs carry these two (kserve.md 3.4); no serving pod does.
-    if _KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
+    # Its Jobs carry these two (kserve.md 3.4).
+    if "Job" in owners and _KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
         return PodRole.DOWNLOAD_JOB
     return PodRole.USER
 

@@ -83,7 +83,7 @@ class Watch(Generic[T]):
         if error.status == 410:
             # Too old a version. What we know stays known until the new list has come.
             self._version = ""
-            return _FIRST_SECONDS * self._dice()
+            return self._later()
         if error.status == 404 and self._may_be_absent:
             self._version = ""
             self._replace({})
@@ -94,9 +94,12 @@ class Watch(Generic[T]):
         if self.current:
             self.current = False
             self._changed()
+        return max(self._later(), error.retry_after_seconds or 0.0)
+
+    def _later(self) -> float:
         delay = min(_CAP_SECONDS, _FIRST_SECONDS * 2.0**self._failures) * (0.5 + self._dice())
         self._failures = min(self._failures + 1, 16)
-        return max(delay, error.retry_after_seconds or 0.0)
+        return delay
 
     async def _list(self) -> None:
         """Everything, page by page, from the state that a quorum of etcd agrees on."""
@@ -154,12 +157,16 @@ class Watch(Generic[T]):
         self._version = raw["metadata"]["resourceVersion"]
         if kind == "BOOKMARK":
             return
+        name = _name(raw)
+        before = self.objects.get(name)
         if kind == "DELETED":
-            self.objects.pop(_name(raw), None)
-            self.unreadable.discard(_name(raw))
+            self.objects.pop(name, None)
+            self.unreadable.discard(name)
         else:
             self._put(self.objects, raw)
-        self._changed()
+        # A cache's status changes with every node's; of its metadata nothing does.
+        if self.objects.get(name) != before or name in self.unreadable:
+            self._changed()
 
     def _put(self, objects: dict[str, T], raw: Json) -> None:
         name = _name(raw)

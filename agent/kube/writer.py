@@ -24,6 +24,7 @@ _PROGRESS_SECONDS = 60.0
 _CONTEST_SECONDS = 120.0  # between two writes, at most, however often somebody undoes ours
 _CONTEST_MEMORY_SECONDS = 600.0
 _CONTESTS = 3
+_PRUNED_SECONDS = 3600.0
 
 Status = Mapping[str, Any]
 
@@ -55,7 +56,7 @@ class StatusWriter:
         self._words: Status | None = None
         self._contests = 0
         self._contested_at = -float("inf")
-        self._pruned = False
+        self._pruned_until = -float("inf")
 
     def changed(self) -> None:
         """Something that the status says may have changed."""
@@ -64,7 +65,7 @@ class StatusWriter:
     def seen(self, node: NodeObject | None) -> None:
         """The object as the watch has it."""
         if node is None or self._base is None or node.uid != self._base.uid:
-            self._base, self._words, self._pruned = node, None, False
+            self._base, self._words, self._pruned_until = node, None, -float("inf")
         elif _later(node, self._base):
             if self._words is not None and node.status.get("modelStatus") != self._words:
                 self._note_contest()
@@ -86,6 +87,8 @@ class StatusWriter:
                 failures = 0
             except ApiError as error:
                 failures += 1
+                if error.status == 404:  # it is gone; the watch tells when there is another one
+                    self._base = None
                 _log.log(
                     logging.WARNING if failures == 1 else logging.DEBUG,
                     "status is not written: %s",
@@ -111,24 +114,27 @@ class StatusWriter:
         status = self._compose(self._base)
         if status is None:
             return {}
-        if self._pruned:
+        if self._ticks() < self._pruned_until:
             status = {name: value for name, value in status.items() if name == "modelStatus"}
         return merge_patch(self._base.status, status)
 
     def _due(self, patch: Mapping[str, Any]) -> float:
-        pause = _TOGETHER_SECONDS if urgent(patch) else _PROGRESS_SECONDS
+        pause = _TOGETHER_SECONDS if self._urgent(patch) else _PROGRESS_SECONDS
         if self._contests > 1:
             pause = max(pause, min(_CONTEST_SECONDS, _TOGETHER_SECONDS * 2.0**self._contests))
         return self._written_at + pause
+
+    def _urgent(self, patch: Mapping[str, Any]) -> bool:
+        return self._base is not None and urgent(patch, self._base.status)
 
     async def _write(self, patch: dict[str, Any]) -> None:
         self._written_at = self._ticks()
         # The watch may show what we write before the answer does: nobody else wrote that.
         self._words = None
         answer = parse.node(await self._api.patch(self._path, {"status": patch}))
-        # KServe's own CRD drops what it does not know: do not offer it again and again.
-        if "conditions" in patch:
-            self._pruned = "conditions" not in answer.status
+        # KServe's own CRD drops what it does not know: not offered again, until ours may be there.
+        if "conditions" in patch and "conditions" not in answer.status:
+            self._pruned_until = self._ticks() + _PRUNED_SECONDS
         self._words = answer.status.get("modelStatus")
         if self._base is None or _later(answer, self._base):
             self._base = answer

@@ -59,6 +59,7 @@ class Node:
         *,
         uri: str | None = None,
         labels: Mapping[str, str] | None = None,
+        owner: str = "ReplicaSet",
         namespace: str = "default",
     ) -> str:
         """A pod object on this node, as KServe rewrites it if it serves a model; its path."""
@@ -66,7 +67,8 @@ class Node:
         account = {"metadata": {"name": "default"}}
         self.plane.request("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", account)
         path = f"/api/v1/namespaces/{namespace}/pods"
-        self.plane.request("POST", path, pod(name, self.name, uri=uri, labels=labels)).ok()
+        body = pod(name, self.name, uri=uri, labels=labels, owner=owner)
+        self.plane.request("POST", path, body).ok()
         return f"{path}/{name}"
 
     def remove_pod(self, path: str) -> None:
@@ -165,7 +167,7 @@ def group(name: str, path: str) -> dict[str, Any]:
 
 
 def pod(
-    name: str, node: str, *, uri: str | None, labels: Mapping[str, str] | None
+    name: str, node: str, *, uri: str | None, labels: Mapping[str, str] | None, owner: str
 ) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "nodeName": node,
@@ -185,7 +187,11 @@ def pod(
                 "readOnly": True,
             }
         ]
-    return {"metadata": {"name": name, "labels": dict(labels or {})}, "spec": spec}
+    if owner == "DaemonSet":
+        spec["volumes"] = [{"name": "models", "hostPath": {"path": "/models"}}]
+    reference = {"apiVersion": "v1", "kind": owner, "name": "owner", "uid": "some-uid"}
+    metadata = {"name": name, "labels": dict(labels or {}), "ownerReferences": [reference]}
+    return {"metadata": metadata, "spec": spec}
 
 
 def local_model_node(name: str, *entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ PENDING = "ModelDownloadPending"
 FAILED = "ModelDownloadError"
 OTHER = "acme/other"
 OTHER_URI = f"hf://{OTHER}"
+KSERVE = {"control-plane": "kserve-localmodelnode-agent"}
 
 
 def test_an_entry_becomes_files_and_status(node: Node) -> None:
@@ -68,10 +69,29 @@ def test_one_bad_entry_stops_no_other(node: Node) -> None:
     until(lambda: [e for e in node.events() if e["reason"] == "Unsupported"])
 
 
-def test_annotations_of_the_cache_count(node: Node) -> None:
-    node.plane.apply(cache(f"noted-{node.name}", URI, [node.group], include="*.json"))
-    node.want(**{f"noted-{node.name}": URI})
+def test_files_of_the_node_are_nobodys_to_publish(node: Node) -> None:
+    """Who may create a cache must not read the agent's token with it."""
+    node.want(token=f"file://{node.identity.token_file}", path=str(node.identity.token_file))
     agent = node.start()
+    node.wait_words(agent, token=FAILED, path=FAILED)
+    node.wait_condition(agent, "Degraded", "True", "Unsupported")
+    assert not node.machine.sealed()
+
+
+def test_labels_alone_stop_nothing(node: Node) -> None:
+    """Anybody may set them on a pod of theirs."""
+    node.add_pod(f"odd-{node.name}", labels=KSERVE)
+    node.add_pod(f"odder-{node.name}", uri=URI, labels={"model": "a", "node": "b"})
+    node.want(tiny=URI)
+    agent = node.start()
+    node.wait_words(agent, tiny=DOWNLOADED)
+
+
+def test_annotations_of_the_cache_count(node: Node) -> None:
+    """Also where its entry is heard of first."""
+    agent = node.start().wait_ready()
+    node.want(**{f"noted-{node.name}": URI})
+    node.plane.apply(cache(f"noted-{node.name}", URI, [node.group], include="*.json"))
     node.wait_words(agent, **{f"noted-{node.name}": DOWNLOADED})
     assert files_of(node.machine.model(URI)) == {"config.json": FILES["config.json"]}
 
@@ -110,9 +130,7 @@ def test_a_group_at_another_path_is_a_mismatch_that_names_both(node: Node, hub: 
 
 
 def test_beside_kserves_agent_nothing_is_managed(node: Node) -> None:
-    theirs = node.add_pod(
-        f"theirs-{node.name}", labels={"control-plane": "kserve-localmodelnode-agent"}
-    )
+    theirs = node.add_pod(f"theirs-{node.name}", labels=KSERVE, owner="DaemonSet")
     node.want(tiny=URI)
     agent = node.start()
     node.wait_condition(agent, "Degraded", "True", "OtherAgent")
@@ -128,7 +146,7 @@ def test_beside_kserves_agent_nothing_is_managed(node: Node) -> None:
 def test_kserves_agent_that_comes_later_ends_the_managing(node: Node) -> None:
     agent = node.start().wait_ready()
     node.want()
-    node.add_pod(f"theirs-{node.name}", labels={"control-plane": "kserve-localmodelnode-agent"})
+    node.add_pod(f"theirs-{node.name}", labels=KSERVE, owner="DaemonSet")
     node.wait_condition(agent, "Degraded", "True", "OtherAgent")
     node.want(tiny=URI)
     until(lambda: agent.get("/readyz")[0] == 503)
@@ -137,7 +155,7 @@ def test_kserves_agent_that_comes_later_ends_the_managing(node: Node) -> None:
 
 def test_downloads_that_kserve_began_are_waited_for(node: Node) -> None:
     labels = {"model": "tiny", "node": node.name}
-    job = node.add_pod(f"job-{node.name}", uri=URI, labels=labels)
+    job = node.add_pod(f"job-{node.name}", uri=URI, labels=labels, owner="Job")
     node.want(tiny=URI)
     agent = node.start()
     message = node.wait_condition(agent, "Degraded", "True", "OtherAgent")["message"]
