@@ -158,14 +158,14 @@ class Watch(Generic[T]):
         if kind == "BOOKMARK":
             return
         name = _name(raw)
-        before = self.objects.get(name)
+        before = self.objects.get(name), name in self.unreadable
         if kind == "DELETED":
             self.objects.pop(name, None)
             self.unreadable.discard(name)
         else:
             self._put(self.objects, raw)
         # A cache's status changes with every node's; of its metadata nothing does.
-        if self.objects.get(name) != before or name in self.unreadable:
+        if (self.objects.get(name), name in self.unreadable) != before:
             self._changed()
 
     def _put(self, objects: dict[str, T], raw: Json) -> None:

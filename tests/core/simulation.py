@@ -76,7 +76,7 @@ class Simulation:
             case Withdraw():
                 self._withdraw(actual.entries[key])
             case Abandon():
-                self._abandon(actual.ingests[key])
+                self._abandon(key)
 
     def _list(self, key: CacheKey) -> None:
         want, total = self.world.desired[key], self.world.sizes[key]
@@ -113,11 +113,12 @@ class Simulation:
             ingests={**actual.ingests, entry.key: ingest},
         )
 
-    def _abandon(self, ingest: Ingest) -> None:
+    def _abandon(self, key: CacheKey) -> None:
         """Unlinked at once, as far as `free` can tell: it was never reserved."""
-        key = ingest.ref.key
-        self._change(ingests=_without(self.world.actual.ingests, key))
-        self._volume(free=ingest.done)
+        actual = self.world.actual
+        ingest = actual.ingests.get(key)
+        self._change(ingests=_without(actual.ingests, key), begun=actual.begun - {key})
+        self._volume(free=ingest.done if ingest else 0)
 
     def _finish(self, key: CacheKey) -> None:
         actual = self.world.actual

@@ -208,6 +208,12 @@ def test_what_is_used_or_wanted_again_is_neither_evicted_nor_abandoned(world: Wo
 
 @many
 @given(worlds())
+def test_what_nobody_said_may_go_is_no_victim(world: World) -> None:
+    assert not set(_victims(world, world.plan())) & world.actual.kept
+
+
+@many
+@given(worlds())
 def test_what_never_was_desired_is_not_abandoned(world: World) -> None:
     assert set(_keys(world.plan(), Abandon)) <= world.actual.left
 
@@ -223,7 +229,7 @@ def test_what_left_is_gone_when_all_is_carried_out(world: World) -> None:
         return
     actual = node.world.actual
     there = actual.entries.keys() | actual.ingests.keys()
-    assert not (world.actual.left - set(world.desired) - used) & there
+    assert not (world.actual.left - set(world.desired) - used) & (there | actual.begun)
 
 
 # -- room ---------------------------------------------------------------------------------------
@@ -500,7 +506,7 @@ def test_a_block_gives_the_numbers() -> None:
     kept = _entry("kept", 5)
     decided = _plan(wants={"large": 0}, free=50, entries=(kept,), ingests=(_ingest("large", 80),))
     message = decided.blocked[_ref("large").key].message
-    assert message.startswith("needs 80 bytes more; 40 are free")
+    assert message.startswith("needs 80 more; 40 are free")
     assert message.endswith("5 could be evicted")
 
 
@@ -605,10 +611,29 @@ def test_what_left_makes_room_before_anything_is_evicted_for_it() -> None:
         Volume(capacity=100, free=40, high=0.9, low=0.7),
         now=1e6,
     )
-    assert decided.actions == (
-        *sorted((Evict(old.key, 30), Abandon(_ref("begun").key)), key=lambda action: action.key),
-        Fetch(new.ref.key, 60),
+    going: list[Evict | Abandon] = [Evict(old.key, 30), Abandon(_ref("begun").key)]
+    going.sort(key=lambda action: action.key)
+    assert decided.actions == (*going, Fetch(new.ref.key, 60))
+
+
+def test_what_left_is_evicted_once_also_where_room_is_short() -> None:
+    old = _entry("old", 40)
+    actual = Actual(
+        entries={old.key: old}, in_use=frozenset(), left=frozenset({old.key}), kept=frozenset()
     )
+    decided = plan({}, actual, Volume(capacity=100, free=0, high=0.5, low=0.4), now=1e6)
+    assert decided.actions == (Evict(old.key, 40),)
+
+
+def test_all_that_left_goes_in_the_order_of_keys_also_what_frees_nothing() -> None:
+    old = [_entry(name, size) for size, name in enumerate("abcdefgh")]
+    actual = Actual(
+        entries={entry.key: entry for entry in old},
+        in_use=frozenset(),
+        left=frozenset(entry.key for entry in old),
+    )
+    decided = plan({}, actual, Volume(capacity=100, free=72), now=1e6)
+    assert _keys(decided, Evict) == sorted(entry.key for entry in old)
 
 
 def test_nothing_is_something_to_do_for_an_empty_node() -> None:

@@ -86,6 +86,7 @@ class _Draft:
     attempts: dict[CacheKey, Attempt]
     damaged: set[CacheKey]
     left: set[CacheKey]
+    stale: set[CacheKey]
     sizes: dict[CacheKey, int]
 
     def add(self, ref: ModelRef, role: str) -> None:
@@ -107,13 +108,17 @@ class _Draft:
     def _leave(self, ref: ModelRef, size: int) -> None:
         """Asked for once, and not any more; or again, or a job is on it, or nothing is there."""
         self.left.add(ref.key)
-        there = self.draw(st.sampled_from(("sealed", "begun", "begun", "both", "running", "none")))
+        there = self.draw(
+            st.sampled_from(("sealed", "sealed", "begun", "stale", "both", "running", "none"))
+        )
         if there in ("sealed", "both"):
             self._seal(ref, size)
         if there in ("begun", "both"):
             self._begin(ref, size)
         if there == "running":
             self._run(ref, size)
+        if there == "stale":  # begun, by a listing that is not to be used again
+            self.stale.add(ref.key)
         if self.draw(_one_in(6)):
             self.desired[ref.key] = Want(ref=ref)
 
@@ -188,7 +193,7 @@ class _Draft:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), set(), {})
+    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), set(), set(), {})
     for number, role in enumerate(draw(st.lists(_ROLES, min_size=2, max_size=9))):
         draft.add(ModelRef(uri=f"hf://acme/{number}"), role)
     actual = Actual(
@@ -199,6 +204,8 @@ def worlds(draw: st.DrawFn) -> World:
         attempts=draft.attempts,
         in_use=draft.in_use(),
         left=frozenset(draft.left),
+        kept=frozenset(key for key in draft.entries if draw(_one_in(8))),
+        begun=frozenset(draft.stale | draft.ingests.keys()),
     )
     return World(draft.desired, actual, draft.volume(), NOW, draft.sizes)
 
@@ -241,7 +248,7 @@ def removable(world: World) -> set[CacheKey]:
     actual = world.actual
     if actual.in_use is None:
         return set()
-    there = set(actual.entries) | set(actual.ingests)
+    there = set(actual.entries) | set(actual.ingests) | actual.begun
     kept = set(world.desired) | set(actual.jobs) | actual.in_use | actual.damaged
     return set(actual.left & there) - kept
 
@@ -255,6 +262,7 @@ def evictable(world: World) -> dict[CacheKey, Entry]:
         key: entry
         for key, entry in actual.entries.items()
         if not (key in world.desired or key in actual.in_use or key in actual.damaged)
+        and key not in actual.kept
         and not (key in actual.jobs or entry.bytes == 0 or key in actual.left)
         and world.now - entry.sealed_at >= world.volume.min_age_seconds
     }

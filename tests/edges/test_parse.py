@@ -1,17 +1,30 @@
-"""LocalModelCache objects: what is taken from them, and what is refused naming the field."""
+"""Objects: what is taken from them, what is refused naming the field; nothing else happens."""
 
+import asyncio
 import copy
 import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent import usage
+from agent.cluster import Cluster
+from agent.config import Settings
 from agent.errors import AgentError, Reason
+from agent.kube import parse
+from agent.kube.client import Api, Json
 from agent.kube.parse import cache, fingerprint, patterns
-from agent.model import ModelRef, Want
+from agent.kube.watch import Watch
+from agent.model import ModelRef, Want, cache_key
+from agent.wishes import of_node
+from tests.contracts.cluster_contract import eventually, nothing, running
+from tests.fakes.cluster import FakeCluster
 from tests.machine import cache_yaml
 
 URI = "hf://acme/tiny"
@@ -122,3 +135,298 @@ def test_patterns_and_fingerprints() -> None:
     for wrong in ("", "sha256:", "a" * 64, "sha256:" + "A" * 64, "sha256:" + "a" * 65):
         with pytest.raises(AgentError):
             fingerprint(wrong)
+
+
+# -- what a node watches --------------------------------------------------------------------------
+
+PARSERS: dict[str, Callable[[Json], Any]] = {
+    "node": parse.node,
+    "pod": parse.pod,
+    "group": parse.group,
+    "cache": lambda raw: parse.cache_meta(raw, "LocalModelCache"),
+}
+REFUSALS = (AgentError, LookupError, TypeError, AttributeError, ValueError)
+"""What Watch takes for "this object cannot be understood"."""
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+def _or_any(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Mostly as it should be: what is wrong at the top hides what is below it."""
+    return st.one_of(good, good, good, good, good, _JSON)
+
+
+def _object(**known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    values = {name: _or_any(value) for name, value in known.items()}
+    return _or_any(st.fixed_dictionaries({}, optional=values))
+
+
+def _list(of: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return _or_any(st.lists(of, max_size=2))
+
+
+_TEXT = st.text(max_size=5)
+_NAMES = st.dictionaries(st.sampled_from(["model", "node", "control-plane"]), _or_any(_TEXT))
+_NOTES = st.dictionaries(st.sampled_from([parse.KEYS, "other"]), _or_any(_TEXT))
+_MOUNT = _object(
+    name=st.just("v"),
+    mountPath=st.just("/models"),
+    subPath=st.sampled_from(["models/0123456789abcdef/", "", "/", "x"]),
+    subPathExpr=st.sampled_from(["models/$(X)", "$(", ""]),
+)
+_CONTAINERS = _list(_object(volumeMounts=_list(_MOUNT)))
+_VOLUME = _object(
+    name=st.sampled_from(["v", "kserve-pvc-source"]),
+    hostPath=_object(path=st.sampled_from(["/models", "/", ""])),
+    persistentVolumeClaim=_object(claimName=_TEXT),
+)
+_METADATA = _object(
+    name=_TEXT,
+    namespace=_TEXT,
+    uid=_TEXT,
+    resourceVersion=_TEXT,
+    creationTimestamp=_TEXT,
+    labels=_NAMES,
+    ownerReferences=_list(_object(kind=st.just("Job"))),
+    annotations=_NOTES,
+)
+_ENTRY = _object(
+    modelName=_TEXT, namespace=_TEXT, sourceModelUri=st.just("hf://a/b"), nodeGroup=st.just("gpu")
+)
+_SOURCE = _object(path=st.sampled_from(["/models", "/else"]))
+_SPEC = _object(
+    localModels=_list(_ENTRY),
+    persistentVolumeSpec=_object(local=_SOURCE, hostPath=_SOURCE),
+    volumes=_list(_VOLUME),
+    containers=_CONTAINERS,
+    initContainers=_CONTAINERS,
+    ephemeralContainers=_CONTAINERS,
+)
+ANYTHING = _object(metadata=_METADATA, spec=_SPEC, status=_object(phase=_TEXT))
+
+
+WELL_FORMED: Json = {
+    "metadata": {
+        "name": "n",
+        "namespace": "ns",
+        "uid": "u",
+        "resourceVersion": "1",
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        "labels": {"model": "m", "node": "n"},
+        "ownerReferences": [{"kind": "Job"}],
+        "annotations": {parse.KEYS: "0123456789abcdef", "localmodel-agent.io/priority": "1"},
+    },
+    "spec": {
+        "localModels": [
+            {"modelName": "m", "namespace": "ns", "sourceModelUri": URI, "nodeGroup": "gpu"}
+        ],
+        "persistentVolumeSpec": {"local": {"path": "/models"}},
+        "volumes": [
+            {"name": "v", "hostPath": {"path": "/models"}},
+            {"name": "kserve-pvc-source", "persistentVolumeClaim": {"claimName": "c"}},
+        ],
+        "containers": [
+            {
+                "volumeMounts": [
+                    {"name": "v", "mountPath": "/models", "subPathExpr": "models/$(X)"},
+                    {"name": "kserve-pvc-source", "mountPath": "/m", "subPath": "models/x/"},
+                ]
+            }
+        ],
+    },
+    "status": {"phase": "Running", "modelStatus": {}},
+}
+
+
+def _everywhere(raw: Any) -> Iterator[list[str | int]]:
+    places = raw.items() if isinstance(raw, dict) else enumerate(raw)
+    for place, value in places:
+        yield [place]
+        if isinstance(value, dict | list):
+            yield from ([place, *below] for below in _everywhere(value))
+
+
+@pytest.mark.parametrize("value", [None, True, 7, 0.5, "", "x", [], [7], ["x"], {}, {"x": 7}])
+def test_one_wrong_value_anywhere_is_worked_with_or_refused(value: Any) -> None:
+    for *parents, last in _everywhere(WELL_FORMED):
+        raw = copy.deepcopy(WELL_FORMED)
+        place: Any = raw
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+        with suppress(*REFUSALS):
+            _check_texts(pod := parse.pod(raw))
+            _use_pods({"p": pod})
+        for found in (raw, WELL_FORMED):
+            with suppress(*REFUSALS):
+                objects = parse.node(found), parse.group(raw), PARSERS["cache"](raw)
+                for each in objects:
+                    _check_texts(each)
+                _use_objects(*objects)
+
+
+def _check_texts(found: Any) -> None:
+    for field in fields(found):
+        if field.type is str:
+            assert isinstance(getattr(found, field.name), str), field.name
+
+
+@given(ANYTHING, st.sampled_from(sorted(PARSERS)))
+def test_any_json_parses_or_is_refused(raw: Any, kind: str) -> None:
+    with suppress(*REFUSALS):
+        _check_texts(PARSERS[kind](raw))
+
+
+@given(ANYTHING, ANYTHING, ANYTHING, ANYTHING)
+def test_what_parses_can_be_worked_with(node: Any, pod: Any, group: Any, meta: Any) -> None:
+    """Nobody looks at a field a second time."""
+    with suppress(*REFUSALS):
+        pods = {"p": parse.pod(pod)}
+        _use_pods(pods)
+    with suppress(*REFUSALS):
+        objects = parse.node(node), parse.group(group), PARSERS["cache"](meta)
+        _use_objects(*objects)
+
+
+def _use_pods(pods: dict[str, parse.Pod]) -> None:
+    try:
+        usage.rival(pods.values())
+        usage.served_at("/models", pods.values(), "a/b")
+        usage.holder_is_gone("p", pods)
+        for pod in pods.values():
+            usage.keys_of(pod, sealed=(), groups=["c"], served="/models")
+    except REFUSALS as error:
+        raise AssertionError(f"{pods} cannot be worked with") from error
+
+
+def _use_objects(node: parse.NodeObject, group: parse.Group, meta: parse.CacheMeta) -> None:
+    try:
+        metas = {(entry.namespace, entry.model): meta for entry in node.entries}
+        of_node(node, metas, {"gpu": group}, served="/models")
+    except REFUSALS as error:
+        raise AssertionError(f"{node}, {group}, {meta} cannot be worked with") from error
+
+
+class Told(Api):
+    """An API server that says this once, and nothing more."""
+
+    def __init__(self, listed: list[Json], watched: list[Json]) -> None:
+        self._listed = listed
+        self._watched = watched
+        self.done = asyncio.Event()
+
+    async def get(
+        self, path: str, params: Mapping[str, str] | None = None, *, metadata: str = ""
+    ) -> Json:
+        return {"metadata": {"resourceVersion": "1"}, "items": self._listed}
+
+    async def watch(
+        self, path: str, params: Mapping[str, str], *, metadata: str = ""
+    ) -> AsyncGenerator[Json, None]:
+        yield {}
+        for raw in self._watched:
+            yield {"type": "MODIFIED", "object": raw}
+        self.done.set()
+        await asyncio.Event().wait()
+
+
+def _named(raw: Any, name: str) -> Json:
+    """What the server vouches for, whatever else it says: a name, an identity and a version."""
+    body = dict(raw) if isinstance(raw, dict) else {"spec": raw}
+    metadata = body.get("metadata")
+    own = {"name": name, "namespace": "", "uid": name, "resourceVersion": "2"}
+    return {**body, "metadata": {**(metadata if isinstance(metadata, dict) else {}), **own}}
+
+
+@given(
+    st.lists(ANYTHING, max_size=3), st.lists(ANYTHING, max_size=3), st.sampled_from(sorted(PARSERS))
+)
+def test_objects_that_nobody_understands_stop_no_other(
+    listed: list[Any], watched: list[Any], kind: str
+) -> None:
+    async def check() -> None:
+        api = Told(
+            [*(_named(raw, f"l{n}") for n, raw in enumerate(listed)), _named({}, "good")],
+            [*(_named(raw, f"w{n}") for n, raw in enumerate(watched)), _named({}, "last")],
+        )
+        watch = Watch(api, "/things", parse=PARSERS[kind], changed=nothing)
+        async with running(watch.run()):
+            await asyncio.wait_for(api.done.wait(), 10)
+            assert {"good", "last"} <= watch.objects.keys()
+            names = {
+                *(f"l{n}" for n in range(len(listed))),
+                *(f"w{n}" for n in range(len(watched))),
+            }
+            assert watch.objects.keys() | watch.unreadable == names | {"good", "last"}
+            assert not watch.objects.keys() & watch.unreadable
+
+    asyncio.run(check())
+
+
+async def test_what_could_not_be_understood_and_goes_is_a_change() -> None:
+    """Until then nobody knew what it was, and things waited for it."""
+    raw = _named({}, "a")
+    api, changes = Told([], []), []
+
+    def refuse(raw: Json) -> Json:
+        raise ValueError("bad")
+
+    watch = Watch(api, "/things", parse=refuse, changed=lambda: changes.append(len(changes)))
+    watch._take("ADDED", raw)
+    assert (watch.unreadable, len(changes)) == ({"a"}, 1)
+    watch._take("DELETED", raw)
+    assert (watch.unreadable, len(changes)) == (set(), 2)
+
+
+async def test_of_a_pod_that_cannot_be_understood_nobody_knows_what_it_uses(
+    tmp_path: Path,
+) -> None:
+    """So all is in use, as far as anybody can tell, until it is mended or gone."""
+    path = "/api/v1/namespaces/default/pods"
+    good: Json = {
+        "spec": {
+            "nodeName": "n",
+            "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}],
+            "containers": [
+                {
+                    "volumeMounts": [
+                        {"name": "v", "subPath": f"models/{cache_key(URI)}/", "mountPath": "/m"}
+                    ]
+                }
+            ],
+        }
+    }
+    bad: Json = {"spec": {"nodeName": "n", "volumes": 7}}
+    async with FakeCluster(tmp_path).serving() as server:
+        await server.put(f"{path}/good", good)
+        api = Api({"KUBECONFIG": str(server.kubeconfig)}, user_agent="test")
+        await api.open()
+        try:
+            used = frozenset({cache_key(URI)})
+            cluster = Cluster(api, Settings(root=tmp_path / "cache", node_name="n"))
+            assert await cluster.in_use() is None, "no list has come yet"
+            async with running(*cluster.work()):
+                await cluster.listed()
+                assert await cluster.in_use() == used
+                assert await cluster.in_use_now() == used
+                await server.put(f"{path}/bad", bad)
+                await eventually(lambda: _unknown(cluster))
+                assert await cluster.in_use() is None
+                assert await cluster.in_use_now() is None
+                await server.delete(f"{path}/bad")
+                await eventually(lambda: not _unknown(cluster))
+                assert await cluster.in_use() == used
+                assert await cluster.in_use_now() == used
+                server.faults.refuse = True
+                assert await cluster.in_use_now() is None
+                server.faults.refuse = False
+        finally:
+            await api.close()
+
+
+def _unknown(cluster: Cluster) -> bool:
+    return bool(cluster._pods.unreadable)

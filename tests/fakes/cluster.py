@@ -1,8 +1,8 @@
 """A Kubernetes API server in memory, as far as a node agent can tell: lists, watches, patches.
 
-It passes the contract suite that the real one passes (tests/contracts/test_cluster.py). Faults are
-told to it by the test: see `Faults`. It has no RBAC and no schemas; what those say is asked of the
-real one, in tests/cluster.
+It passes the contract suite that the real one passes (tests/contracts/cluster_contract.py). Faults
+are told to it by the test: see `Faults`. It has no RBAC and no schemas; what those say is asked of
+the real one, in tests/cluster.
 """
 
 import asyncio
@@ -37,13 +37,17 @@ class Faults:
 class FakeCluster:
     """Objects by their path, each change with a version of its own."""
 
-    def __init__(self, directory: Path, *, kinds: set[str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, kinds: set[str] | None = None, keeps: set[str] | None = None
+    ) -> None:
         self.directory = directory
         self.faults = Faults()
         self.token = "first"
         self.requests: Counter[str] = Counter()
         self.kinds = kinds
         """The plurals that exist; None: all."""
+        self.keeps = keeps
+        """What a status may hold, any other field is dropped; None: all."""
         self._objects: dict[str, Json] = {}
         self._version = 100
         self._oldest = 0
@@ -78,10 +82,29 @@ class FakeCluster:
     def object(self, path: str) -> Json | None:
         return self._objects.get(path)
 
+    def get(self, path: str) -> Json:
+        """An object, or the list of a collection, as another client would see it."""
+        items = [body for at, body in self._objects.items() if at.rpartition("/")[0] == path]
+        found = self._objects.get(path) or {"items": items}
+        return deepcopy(found)
+
     async def put(self, path: str, body: Mapping[str, Any]) -> Json:
         """Create or replace, as another client would."""
         kind = "MODIFIED" if path in self._objects else "ADDED"
         return await self._store(kind, path, dict(deepcopy(body)))
+
+    async def patch(self, path: str, patch: Json) -> Json:
+        """A merge patch; of the status alone, where the path names it."""
+        target = path.removesuffix("/status")
+        found = self._objects[target]
+        if path != target:
+            patch = {"status": patch.get("status") or {}}
+        after: Json = merged(found, patch)
+        if self.keeps is not None and "status" in after:
+            after["status"] = {k: v for k, v in after["status"].items() if k in self.keeps}
+        if after == found:  # the real one writes nothing either
+            return found
+        return await self._store("MODIFIED", target, deepcopy(after))
 
     async def delete(self, path: str) -> None:
         await self._record("DELETED", path, self._objects.pop(path))
@@ -132,7 +155,8 @@ class FakeCluster:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if self.faults.refuse and request.transport is not None:
-            request.transport.close()
+            request.transport.abort()
+            raise ConnectionResetError
         watched = request.query.get("watch") == "1"
         self.requests["WATCH" if watched else request.method] += 1
         if request.headers.get("Authorization", "").lower() != f"bearer {self.token}":
@@ -159,12 +183,17 @@ class FakeCluster:
     def _get(self, request: web.Request) -> web.Response:
         found = self._objects.get(request.path)
         if found is not None:
-            return web.json_response(found)
+            return web.json_response(_shown(request, found))
         if not _is_collection(request.path):
             return _status(404, f"{request.path} not found")
         items = [body for path, body in self._objects.items() if _matches(request, path, body)]
-        shown = [_shown(request, body) for body in items]
+        # Unlike the real one's, a second page is not of the same moment as the first.
+        begin, size = int(request.query.get("continue", "0")), int(request.query.get("limit", "0"))
+        end = begin + size if size else len(items)
+        shown = [_shown(request, body) for body in items[begin:end]]
         metadata = {"resourceVersion": str(self._version)}
+        if end < len(items):
+            metadata["continue"] = str(end)
         return web.json_response({"kind": "List", "metadata": metadata, "items": shown})
 
     async def _create(self, request: web.Request) -> web.Response:
@@ -184,24 +213,19 @@ class FakeCluster:
         return web.json_response(await self._store("MODIFIED", request.path, body))
 
     async def _patch(self, request: web.Request) -> web.Response:
-        path, found = request.path.removesuffix("/status"), None
-        found = self._objects.get(path)
-        if found is None:
-            return _status(404, f"{path} not found")
-        patch = await request.json()
-        if path != request.path:
-            patch = {"status": patch.get("status")}
-        merged = merged(found, patch)
-        if merged == found:  # the real one writes nothing either
-            return web.json_response(found)
-        return web.json_response(await self._store("MODIFIED", path, merged))
+        if request.path.removesuffix("/status") not in self._objects:
+            return _status(404, f"{request.path} not found")
+        return web.json_response(await self.patch(request.path, await request.json()))
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         since = int(request.query["resourceVersion"])
+        lasts = float(request.query.get("timeoutSeconds", "1800"))
+        if self.faults.close_watches_after is not None:
+            lasts = self.faults.close_watches_after
         try:
-            async with asyncio.timeout(self.faults.close_watches_after):
+            async with asyncio.timeout(lasts):
                 while since >= self._oldest:
                     for version, path, event in self._events:
                         if version > since and _matches(request, path, event["object"]):
