@@ -1,0 +1,186 @@
+"""What a LocalModelNode asks of its node."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import Reason
+from agent.kube import parse
+from agent.kube.parse import CacheMeta, Group, NodeObject
+from agent.model import CacheKey, ModelRef, cache_key
+from agent.wishes import Desired, SpecError, join, of_node
+
+URI, OTHER = "hf://acme/tiny", "hf://acme/other"
+KEY = cache_key(URI)
+SERVED = "/models"
+
+
+def node(*entries: dict[str, Any]) -> NodeObject:
+    return parse.node(
+        {"metadata": {"name": "n", "uid": "u"}, "spec": {"localModels": list(entries)}}
+    )
+
+
+def entry(name: str, uri: str | None = URI, **fields: str) -> dict[str, Any]:
+    return {"modelName": name, "sourceModelUri": uri, **fields}
+
+
+def caches(*metas: tuple[str, str, dict[str, str]]) -> dict[tuple[str, str], CacheMeta]:
+    """From `namespace/name`, when each was created, and its annotations without our prefix."""
+    found = {}
+    for where, created, notes in metas:
+        namespace, _, name = where.rpartition("/")
+        found[namespace, name] = CacheMeta(
+            kind="LocalModelCache",
+            namespace=namespace,
+            name=name,
+            uid=where,
+            created=created,
+            annotations={f"localmodel-agent.io/{k}": v for k, v in notes.items()},
+        )
+    return found
+
+
+def desired(
+    found: NodeObject | None,
+    known: dict[tuple[str, str], CacheMeta] | None = None,
+    groups: dict[str, Group] | None = None,
+) -> Desired:
+    return of_node(found, known or {}, groups or {}, served=SERVED)
+
+
+def errors(found: Desired) -> dict[str, Reason]:
+    return {error.name: error.reason for error in found.errors}
+
+
+def test_no_object_says_nothing_and_absence_is_no_command() -> None:
+    found = desired(None)
+    assert not found.wants
+    assert not found.complete
+
+
+def test_an_empty_object_says_that_nothing_is_wanted() -> None:
+    found = desired(node())
+    assert (found.wants, found.names, found.errors, found.spoken_for) == ({}, {}, (), frozenset())
+    assert found.complete
+
+
+def test_the_same_model_by_several_names_is_one_want() -> None:
+    known = caches(("a", "1", {"priority": "1"}), ("team/a", "2", {"priority": "7"}))
+    found = desired(node(entry("a"), entry("a", namespace="team")), known)
+    assert found.names == {"a": KEY, "team/a": KEY}
+    assert found.wants[KEY].names == {"a", "team/a"}
+    assert found.wants[KEY].priority == 7
+
+
+def test_annotations_are_those_of_the_entrys_own_cache() -> None:
+    known = caches(("a", "1", {"include": "*.json"}), ("team/a", "1", {"include": "*.txt"}))
+    found = desired(node(entry("a"), entry("a", OTHER, namespace="team")), known)
+    assert found.wants[KEY].ref == ModelRef(uri=URI, include=("*.json",))
+    assert found.wants[cache_key(OTHER)].ref == ModelRef(uri=OTHER, include=("*.txt",))
+
+
+def test_an_entry_whose_cache_is_gone_is_served_as_it_says() -> None:
+    """KServe's controller may delete the cache first, and a finalizer keep the entry."""
+    assert desired(node(entry("zombie"))).wants[KEY].ref == ModelRef(uri=URI)
+
+
+def test_of_two_that_disagree_the_older_wins_whatever_their_order_and_names() -> None:
+    notes = [{"include": "*.json"}, {"include": "*.txt"}]
+    for young, old in (("a", "b"), ("b", "a")):
+        known = caches((young, "2026-02", notes[0]), (old, "2026-01", notes[1]))
+        for entries in ([entry("a"), entry("b")], [entry("b"), entry("a")]):
+            found = desired(node(*entries), known)
+            assert found.names == {old: KEY}
+            assert found.wants[KEY].ref.include == ("*.txt",)
+            assert errors(found) == {young: Reason.INVALID_SPEC}
+            assert old in found.errors[0].message
+            assert found.complete
+
+
+def test_fingerprints_that_disagree_are_a_conflict_too() -> None:
+    one, two = ({"expect-fingerprint": f"sha256:{digit * 64}"} for digit in "ab")
+    found = desired(node(entry("a"), entry("b")), caches(("a", "1", one), ("b", "2", two)))
+    assert found.names == {"a": KEY}
+    assert errors(found) == {"b": Reason.INVALID_SPEC}
+
+
+def test_a_bad_annotation_refuses_its_entry_and_its_model_is_not_ours_to_remove() -> None:
+    known = caches(("a", "1", {"priority": "high"}))
+    found = desired(node(entry("a"), entry("b", OTHER)), known)
+    assert set(found.wants) == {cache_key(OTHER)}
+    assert errors(found) == {"a": Reason.INVALID_SPEC}
+    assert found.spoken_for == {KEY}
+    assert found.complete
+
+
+def test_an_entry_without_a_uri_may_mean_any_model() -> None:
+    for uri in (None, "", "hf://a/b\n"):
+        found = desired(node(entry("a", uri), entry("b", OTHER)))
+        assert errors(found) == {"a": Reason.INVALID_SPEC}
+        assert set(found.wants) == {cache_key(OTHER)}
+        assert not found.complete, "so nothing counts as having left"
+
+
+def test_a_group_at_another_path_is_a_mismatch_that_names_both() -> None:
+    groups = {"gpu": Group(name="gpu", path="/elsewhere")}
+    found = desired(node(entry("a", nodeGroup="gpu"), entry("b", OTHER)), groups=groups)
+    assert errors(found) == {"a": Reason.PATH_MISMATCH}
+    assert "/elsewhere" in found.errors[0].message
+    assert SERVED in found.errors[0].message
+    assert found.spoken_for == {KEY}, "an edit of a group is no wish to lose a model"
+
+
+def test_a_group_that_is_here_or_has_no_path_or_is_unknown_is_no_mismatch() -> None:
+    for path in ("/models", "/models/", ""):
+        groups = {"gpu": Group(name="gpu", path=path)}
+        assert desired(node(entry("a", nodeGroup="gpu")), groups=groups).names == {"a": KEY}
+    assert desired(node(entry("a", nodeGroup="unknown"))).names == {"a": KEY}
+
+
+def test_two_caches_of_one_name_are_one_and_an_error() -> None:
+    first = parse.Cache(name="a", want=parse.want(URI, "a", {}))
+    again = parse.Cache(name="a", want=parse.want(OTHER, "a", {}))
+    found = join([("a.yaml", first), ("b.yaml", again)], [SpecError(name="c", message="bad")])
+    assert found.names == {"a": KEY}
+    assert [error.name for error in found.errors] == ["c", "a"]
+    assert found.errors[1].message.startswith("b.yaml: ")
+
+
+_NOTES = st.fixed_dictionaries(
+    {},
+    optional={
+        "include": st.sampled_from(["*.json", "*.txt", "a\nb"]),
+        "priority": st.sampled_from(["1", "x"]),
+    },
+)
+_ENTRIES = st.lists(
+    st.tuples(
+        st.sampled_from("abcde"),
+        st.sampled_from([URI, OTHER, ""]),
+        st.sampled_from(["gpu", "far"]),
+        _NOTES,
+        st.sampled_from(["1", "2"]),
+    ),
+    max_size=6,
+    unique_by=lambda item: item[0],
+)
+
+
+@given(_ENTRIES, st.randoms(use_true_random=False))
+def test_every_entry_is_asked_for_or_refused_in_any_order(entries: Any, random: Any) -> None:
+    known = caches(*((name, created, notes) for name, _, _, notes, created in entries))
+    groups = {"gpu": Group(name="gpu", path=SERVED), "far": Group(name="far", path="/far")}
+    raw = [entry(name, uri, nodeGroup=group) for name, uri, group, *_ in entries]
+    found = desired(node(*raw), known, groups)
+    names = [*found.names, *(error.name for error in found.errors)]
+    assert sorted(names) == sorted(name for name, *_ in entries)
+    assert set(found.names.values()) == set(found.wants)
+    # Nothing that an entry names may count as having left.
+    spoken: set[CacheKey] = set(found.wants) | found.spoken_for
+    assert spoken >= {cache_key(uri) for _, uri, *_ in entries if uri}
+    assert found.complete == all(uri for _, uri, *_ in entries)
+    random.shuffle(raw)
+    again = desired(node(*raw), known, groups)
+    assert (again.wants, again.names) == (found.wants, found.names)
