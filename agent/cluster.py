@@ -24,7 +24,7 @@ from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
 from agent.kube.nodestatus import compose, disk_numbers
 from agent.kube.parse import CacheMeta, Group, NodeObject, Pod
-from agent.kube.watch import Watch
+from agent.kube.watch import Watch, items
 from agent.kube.writer import StatusWriter
 from agent.model import CacheKey
 from agent.phases import Phase
@@ -71,6 +71,7 @@ class Cluster:
         self._refusal: AgentError | None = None
         self._seen_groups: set[str] = set()
         self._orphans: dict[str, float] = {}
+        self._confirmed: set[str] = set()
         self._changed_at = -inf
         node = settings.node_name
         self._node = Watch(
@@ -192,21 +193,25 @@ class Cluster:
         )
 
     def _unconfirmed(self, caches: Mapping[tuple[str, str], CacheMeta]) -> set[str]:
-        """Entries without a cache, for as long as its watch may just not have heard of it yet."""
+        """Entries without a cache, for as long as its watch may just not have heard of it yet.
+
+        Once it is sure that there is none, it stays so: a watch that breaks later must not take
+        away what is being downloaded.
+        """
         now = self._ticks()
         entries = self._object.entries if self._object else ()
-        orphans = {e.name for e in entries if (e.namespace, e.model) not in caches}
-        self._orphans = {name: self._orphans.get(name, now) for name in orphans}
-        stale = {
-            entry.name
-            for entry in entries
-            if not (self._namespace_caches if entry.namespace else self._caches).current
-        }
-        return {
-            name
-            for name, since in self._orphans.items()
-            if name in stale or now - since < _ORPHAN_SECONDS
-        }
+        known = {entry.name for entry in entries if (entry.namespace, entry.model) in caches}
+        self._confirmed &= {entry.name for entry in entries}
+        self._confirmed |= known
+        waiting = [entry for entry in entries if entry.name not in self._confirmed]
+        if any(entry.name not in self._orphans for entry in waiting):
+            self._loop.call_later(_ORPHAN_SECONDS + 0.1, self.wake)
+        self._orphans = {entry.name: self._orphans.get(entry.name, now) for entry in waiting}
+        for entry in waiting:
+            watch = self._namespace_caches if entry.namespace else self._caches
+            if watch.current and now - self._orphans[entry.name] >= _ORPHAN_SECONDS:
+                self._confirmed.add(entry.name)
+        return self._orphans.keys() - self._confirmed
 
     def obstacle(self) -> AgentError | None:
         """Why this agent must not manage the cache now."""
@@ -224,7 +229,7 @@ class Cluster:
         """The same by a list of its own, by quorum; None where the server cannot answer."""
         try:
             page = await self._api.get("/api/v1/pods", self._on_node)
-            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in page.get("items") or []}
+            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in items(page)}
         except (AgentError, LookupError, TypeError, AttributeError, ValueError) as error:
             _log.warning("nobody can tell who uses the models: %s", error)
             return None

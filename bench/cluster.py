@@ -16,7 +16,7 @@ import psutil
 
 from tests.cluster.control_plane import ControlPlane, binaries
 from tests.cluster.identity import AgentOnNode, install
-from tests.cluster.nodes import Node
+from tests.cluster.nodes import Node, cache
 from tests.fakes.faults import Slow
 from tests.fakes.hub import Hub
 from tests.machine import Agent, machine
@@ -68,6 +68,7 @@ def _one(node: Node, hub: Hub, number: int) -> tuple[float, float]:
     repo, size = f"bench/m{number}", 3 * _MIB
     hub.add(repo, {"model.safetensors": bytes(size)})
     hub.fault(f"{repo}/*", Slow(bytes_per_second=_MIB // 2))
+    node.plane.apply(cache(f"m{number}", f"hf://{repo}", [node.group]))
     begun = time.perf_counter()
     node.want(**{f"m{number}": f"hf://{repo}"})
     applied = time.perf_counter()

@@ -53,7 +53,7 @@ def compose(
     `bodies` say what is known of each; `obstacle` why nothing is done at all; `disk` is in bytes;
     `before` is the status as the API server has it, for the times of the conditions.
     """
-    names = list(entries)
+    names = list(dict.fromkeys(entries))
     models = {name: _model(bodies.get(name), obstacle) for name in names}
     words = {name: _word(bodies.get(name), obstacle) for name in names}
     ready = sum(word == _DOWNLOADED for word in words.values())

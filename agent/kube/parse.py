@@ -166,6 +166,8 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
         name = f"{namespace}/{model}" if namespace else model
         try:
             uri = _uri(item, "sourceModelUri")
+            if name in entries:
+                raise _invalid(f"there are two entries for {name}; only the first is served")
         except AgentError as error:
             refused[name] = error.message
             continue

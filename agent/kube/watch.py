@@ -109,14 +109,14 @@ class Watch(Generic[T]):
         params = {**self._params, "limit": str(_PAGE)}
         while True:
             page = await self._api.get(self._path, params, metadata=metadata)
-            for raw in page.get("items") or []:
+            for raw in items(page):
                 seen.add(_name(raw))
                 self._put(found, raw)
-            meta = page.get("metadata") or {}
+            meta = page["metadata"]
             if not meta.get("continue"):
                 break
             params["continue"] = meta["continue"]
-        self._version = meta.get("resourceVersion", "")
+        self._version = meta["resourceVersion"]
         self.unreadable &= seen
         self._replace(found)
 
@@ -143,21 +143,25 @@ class Watch(Generic[T]):
         async with aclosing(self._api.watch(self._path, params, metadata=metadata)) as events:
             async for event in events:
                 if event:
-                    self._take(event["type"], event["object"])
+                    self._take(event)
                     continue
                 was_current = self.current
                 self._well()
                 if not was_current:
                     self._changed()
 
-    def _take(self, kind: str, raw: Json) -> None:
-        if kind == "ERROR":
-            code, said = raw.get("code") or 0, raw.get("message") or ""
-            raise ApiError(code, f"the watch of {self._path} ended: {code} {said}")
-        self._version = raw["metadata"]["resourceVersion"]
-        if kind == "BOOKMARK":
-            return
-        name = _name(raw)
+    def _take(self, event: Json) -> None:
+        try:
+            kind, raw = event["type"], event["object"]
+            if kind == "ERROR":
+                code, said = raw.get("code") or 0, raw.get("message") or ""
+                raise ApiError(code, f"the watch of {self._path} ended: {code} {said}")
+            self._version = raw["metadata"]["resourceVersion"]
+            if kind == "BOOKMARK":
+                return
+            name = _name(raw)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ApiError(0, f"the watch of {self._path} sends something else") from error
         before = self.objects.get(name), name in self.unreadable
         if kind == "DELETED":
             self.objects.pop(name, None)
@@ -177,6 +181,26 @@ class Watch(Generic[T]):
             objects.pop(name, None)
             self.unreadable.add(name)
             _log.warning("%s/%s cannot be understood: %s", self._path, name, error)
+
+
+def items(page: Json) -> list[Json]:
+    """The objects of a list. What is no list is none of nothing: a gateway's `{}` with a 200 must
+    not mean that no pod uses anything."""
+    found, metadata = page.get("items", ""), page.get("metadata")
+    found = [] if found is None else found  # Go's empty slice, of metadata only
+    if (
+        not isinstance(found, list)
+        or not isinstance(metadata, dict)
+        or not metadata.get("resourceVersion")
+        or not all(isinstance(raw, dict) and _is_object(raw) for raw in found)
+    ):
+        raise ApiError(0, "the answer is no list of objects")
+    return found
+
+
+def _is_object(raw: Json) -> bool:
+    metadata = raw.get("metadata")
+    return isinstance(metadata, dict) and isinstance(metadata.get("name"), str)
 
 
 def _name(raw: Mapping[str, Any]) -> str:

@@ -376,9 +376,9 @@ async def test_what_could_not_be_understood_and_goes_is_a_change() -> None:
         raise ValueError("bad")
 
     watch = Watch(api, "/things", parse=refuse, changed=lambda: changes.append(len(changes)))
-    watch._take("ADDED", raw)
+    watch._take({"type": "ADDED", "object": raw})
     assert (watch.unreadable, len(changes)) == ({"a"}, 1)
-    watch._take("DELETED", raw)
+    watch._take({"type": "DELETED", "object": raw})
     assert (watch.unreadable, len(changes)) == (set(), 2)
 
 
