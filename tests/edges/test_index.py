@@ -153,7 +153,7 @@ async def test_migrations_are_applied_once(path: Path) -> None:
         async with opened(path, A):
             pass
     names = rows(path, "select name from _sqlite_migrations order by name")
-    assert [name for (name,) in names] == ["models_and_attempts"]
+    assert [name for (name,) in names] == ["asked_and_pods", "models_and_attempts"]
     assert migrations.name == "localmodel-index"
 
 
