@@ -5,9 +5,11 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from agent import __version__, disk, layout
 from agent.arrivals import Arrivals
 from agent.cluster import Cluster
 from agent.config import Settings, listen_address
+from agent.curator import Curator
 from agent.desired import DesiredDirectory
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher
@@ -22,16 +25,19 @@ from agent.files import disk_errors
 from agent.index import Index
 from agent.kube.client import Api
 from agent.metrics import Metrics
+from agent.model import CacheKey
+from agent.processes import models_read
 from agent.publish import Publisher, Status, StatusDirectory
 from agent.reconcile import Policy, Reconciler
-from agent.removal import InUse, unknown_use
+from agent.removal import InUse
+from agent.scrub import Scrub
 from agent.server import Health, health_app, serve_socket, serve_tcp, verbs_app
 from agent.service import Service
 from agent.sources import Sources
 from agent.store import Store
 from agent.threads import looking
 from agent.transfer import Engine
-from agent.volume import Volume
+from agent.volume import Volume, on_machine_disk
 from agent.wishes import NOTHING, Desired
 
 _log = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ class Cache:
     index: Index
     reconciler: Reconciler
     service: Service
+    curator: Curator
     metrics: Metrics
 
 
@@ -59,9 +66,46 @@ class Surroundings:
     """What an open cache has to do with the world around it, where there is one."""
 
     status: Status | None = None
-    in_use: InUse = unknown_use
-    in_use_now: InUse = unknown_use
-    retain: bool = True
+    in_use: InUse | None = None
+    """None: the processes of this machine are all there is to ask."""
+    in_use_now: InUse | None = None
+    who_uses: Callable[[CacheKey], list[str]] = lambda key: []
+    retain_seconds: float = 7 * 86400.0
+
+
+def _scrub(
+    settings: Settings, *, store: Store, engine: Engine, index: Index, metrics: Metrics
+) -> Scrub | None:
+    if settings.scrub_days == 0:
+        return None
+    return Scrub(
+        store=store,
+        engine=engine,
+        index=index,
+        metrics=metrics,
+        every_seconds=settings.scrub_days * 86400.0,
+        clock=time.time,
+    )
+
+
+class _Processes:
+    """Who uses the models of a machine without a cluster."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: frozenset[CacheKey] = frozenset()
+        self._looked_at = -inf
+
+    async def in_use(self) -> frozenset[CacheKey]:
+        """As of a few seconds ago: a look at every process costs milliseconds."""
+        if time.monotonic() - self._looked_at > _AGAIN_SECONDS:
+            await self.in_use_now()
+        return self._seen
+
+    async def in_use_now(self) -> frozenset[CacheKey]:
+        self._seen = await looking(partial(models_read, self._root))
+        self._looked_at = time.monotonic()
+        return self._seen
 
 
 def new_metrics(settings: Settings) -> Metrics:
@@ -90,6 +134,8 @@ async def open_cache(
     try:
         await asyncio.to_thread(_make_private, state)
         await asyncio.to_thread(volume.remember)
+        shared = await asyncio.to_thread(on_machine_disk, settings.root)
+        high, low = settings.marks(shared=shared and settings.node_name is not None)
         async with _opened_index(state, store) as index:
             engine = Engine(
                 connections=settings.connections,
@@ -97,6 +143,7 @@ async def open_cache(
                 stall_seconds=settings.stall_seconds,
                 user_agent=USER_AGENT,
             )
+            slow = Engine(connections=1, read_bytes_per_second=settings.scrub_rate)
             fetcher = Fetcher(
                 store=store, sources=sources or Sources(), engine=engine, metrics=metrics
             )
@@ -108,26 +155,41 @@ async def open_cache(
                 metrics=metrics,
                 space=partial(disk.space, settings.root),
                 policy=Policy(
-                    high=settings.high / 100,
-                    low=settings.low / 100,
+                    high=high / 100,
+                    low=low / 100,
                     max_fetches=settings.max_fetches,
-                    retain=around.retain,
+                    limit=settings.limit,
+                    min_age_seconds=settings.min_age,
+                    retain_seconds=(
+                        around.retain_seconds if settings.retain is None else settings.retain
+                    ),
                 ),
-                in_use=around.in_use,
-                in_use_now=around.in_use_now,
+                scrub=_scrub(settings, store=store, engine=slow, index=index, metrics=metrics),
+                in_use=around.in_use or _Processes(settings.root).in_use,
+                in_use_now=around.in_use_now or _Processes(settings.root).in_use_now,
             )
             await reconciler.start()
-            service = Service(store=store, fetcher=fetcher, reconciler=reconciler, metrics=metrics)
+            service = Service(
+                store=store,
+                fetcher=fetcher,
+                reconciler=reconciler,
+                metrics=metrics,
+            )
+            curator = Curator(
+                fetcher=fetcher, reconciler=reconciler, index=index, who_uses=around.who_uses
+            )
             try:
                 yield Cache(
                     store=store,
                     index=index,
                     reconciler=reconciler,
                     service=service,
+                    curator=curator,
                     metrics=metrics,
                 )
             finally:
                 engine.close()
+                slow.close()
     finally:
         store.close()
 
@@ -227,7 +289,7 @@ async def _in_service(
     """The loop and the verbs. The socket outlives the loop, so that who waits for a model is told
     why it does not come."""
     async with (
-        serve_socket(verbs_app(cache.service), settings.state_directory),
+        serve_socket(verbs_app(cache.service, cache.curator.verbs), settings.state_directory),
         turning(cache, desired) as turns,
     ):
         yield turns
@@ -272,7 +334,11 @@ async def _keep(settings: Settings, cluster: Cluster, metrics: Metrics) -> None:
 async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> AgentError:
     """Until something is in the way; that is returned, or raised where the disk said so."""
     around = Surroundings(
-        status=cluster, in_use=cluster.in_use, in_use_now=cluster.in_use_now, retain=False
+        status=cluster,
+        in_use=cluster.in_use,
+        in_use_now=cluster.in_use_now,
+        who_uses=cluster.who_uses,
+        retain_seconds=0.0,
     )
     async with open_cache(settings, metrics=metrics, around=around) as cache:
         arrivals = Arrivals(reconciler=cache.reconciler, index=cache.index, metrics=metrics)

@@ -24,12 +24,13 @@ from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
 from agent.kube.nodestatus import compose, disk_numbers
 from agent.kube.parse import CacheMeta, Group, NodeObject, Pod
-from agent.kube.watch import Watch, items
+from agent.kube.watch import Watch
 from agent.kube.writer import StatusWriter
 from agent.model import CacheKey
 from agent.phases import Phase
 from agent.publish import Body
 from agent.reconcile import Reconciler
+from agent.sources import scheme_of
 from agent.wishes import Desired, of_node
 
 _log = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ class Cluster:
             caches,
             self._groups.objects,
             unconfirmed=self._unconfirmed(caches),
+            check=scheme_of,
             served=self._served,
         )
 
@@ -228,8 +230,8 @@ class Cluster:
     async def in_use_now(self) -> frozenset[CacheKey] | None:
         """The same by a list of its own, by quorum; None where the server cannot answer."""
         try:
-            page = await self._api.get("/api/v1/pods", self._on_node)
-            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in items(page)}
+            page = await self._api.list("/api/v1/pods", self._on_node)
+            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in page["items"] or ()}
         except (AgentError, LookupError, TypeError, AttributeError, ValueError) as error:
             _log.warning("nobody can tell who uses the models: %s", error)
             return None
@@ -240,12 +242,25 @@ class Cluster:
         pods = (pod for pod in self._pods.objects.values() if not pod.finished)
         return self._keys({pod.uid: pod for pod in pods})
 
+    def who_uses(self, key: CacheKey) -> list[str]:
+        """The pods of the node that use a model, as far as the watch has heard."""
+        named = {pod.uid: pod for pod in self._pods.objects.values()}
+        return sorted(
+            f"pod {named[uid].namespace}/{named[uid].name}"
+            + ("" if key in named[uid].keys else ", which mounts the whole cache")
+            for uid, keys in self.users().items()
+            if key in keys
+        )
+
     def _all_keys(self, pods: Mapping[str, Pod]) -> frozenset[CacheKey]:
         return frozenset().union(*self._keys(pods).values())
 
     def _keys(self, pods: Mapping[str, Pod]) -> dict[str, frozenset[CacheKey]]:
         sealed = self._reconciler.sealed().keys() if self._reconciler else ()
-        self._seen_groups.update(self._groups.objects)  # a group that goes leaves its pods
+        # A group that goes leaves its pods; entries may go on naming it.
+        self._seen_groups.update(self._groups.objects)
+        entries = self._object.entries if self._object else ()
+        self._seen_groups.update(entry.group for entry in entries if entry.group)
         served = self._served
         return {
             uid: usage.keys_of(pod, sealed=sealed, groups=self._seen_groups, served=served)
@@ -293,9 +308,22 @@ class Cluster:
             for body in bodies.values()
             if body["state"] in (Phase.FETCHING, Phase.VERIFYING)
         )
-        limit = int(space.capacity * self._settings.high / 100)
-        numbers = disk_numbers(space, limit=limit, reserved=reserved)
+        numbers = disk_numbers(space, limit=self._limit(space.capacity), reserved=reserved)
         self._loop.call_soon_threadsafe(self._said, dict(bodies), numbers)
+
+    def _limit(self, capacity: int) -> int:
+        """What the cache may take: by the high mark, by --limit, by its node groups."""
+        bounds = [capacity]
+        if self._reconciler is not None:
+            policy = self._reconciler.policy
+            bounds.append(int(capacity * policy.high))
+            bounds += [policy.limit] if policy.limit is not None else []
+        groups = {entry.group for entry in self._object.entries} if self._object else set()
+        known = [group for group in self._groups.objects.values() if group.name in groups]
+        limits = [group.limit for group in known if group.limit is not None]
+        if limits and len(limits) == len(groups):  # one without a limit is bounded by the disk
+            bounds.append(sum(limits))
+        return min(bounds)
 
     def _said(self, bodies: dict[str, Body], numbers: dict[str, int]) -> None:
         for name, body in bodies.items():

@@ -5,26 +5,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from agent import layout
 from agent.errors import AgentError, Reason
+from agent.quantities import parse_duration, parse_size
 
-_UNITS = {"": 1, "k": 1000}
-for _power, _unit in enumerate("KMGTP", 1):
-    _UNITS |= {_unit: 1000**_power, f"{_unit}i": 1024**_power}
-_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)([KMGTPk]?i?)B?")
 _DAY = 86400.0
-
-
-def parse_size(text: str) -> int:
-    """Bytes from a quantity as Kubernetes writes it: `500Gi`, `1.5T`, `1048576`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write for example 500Gi, 1.5T or 1048576")
-    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def _default_root() -> Path:
@@ -109,20 +97,51 @@ class Settings:
         parse=float,
         default=30.0,
     )
-    high: float = _setting(
-        "percent of the file system above which nothing is begun", parse=float, default=95.0
+    high: float | None = _setting(
+        "percent of the file system above which nothing is begun (default: 95; on a node whose"
+        " kubelet has the same file system 78)",
+        parse=float,
+        default=None,
     )
-    low: float = _setting(
-        "percent of the file system down to which room is made", parse=float, default=90.0
+    low: float | None = _setting(
+        "percent of the file system down to which room is made (default: 90; on a node whose"
+        " kubelet has the same file system 72)",
+        parse=float,
+        default=None,
+    )
+    limit: int | None = _setting(
+        "what the cache itself may take, as 500Gi, however much room there is (default: none)",
+        parse=parse_size,
+        default=None,
+    )
+    min_age: float = _setting(
+        "a model is no victim for so long after it came, as 10m",
+        parse=parse_duration,
+        default=600.0,
+    )
+    scrub_days: float = _setting(
+        "every model is read and hashed again after so many days; 0: never",
+        parse=float,
+        default=30.0,
+    )
+    scrub_rate: int = _setting(
+        "how fast that is done, bytes a second, as 100Mi", parse=parse_size, default=100 * 1024**2
+    )
+    retain: float | None = _setting(
+        "how long a model is kept that left the desired state, unless its room is needed"
+        " (default: 7d; in a cluster 0s, as KServe)",
+        parse=parse_duration,
+        default=None,
     )
 
     def __post_init__(self) -> None:
         if self.node_name and self.desired:
             raise _invalid("--desired is for a machine without a cluster: NODE_NAME names a node")
-        if not 0 < self.low <= self.high <= 100:
-            raise _invalid(
-                f"--low {self.low:g} and --high {self.high:g} must be 0 < low <= high <= 100"
-            )
+        self.marks(shared=False)
+        if self.scrub_rate < 1 or not 0 <= self.scrub_days <= 3650:
+            raise _invalid("--scrub-rate must be greater than 0, and --scrub-days from 0 to 3650")
+        if self.limit is not None and self.limit < 1:
+            raise _invalid("--limit must be greater than 0")
         if self.connections < 1 or self.max_fetches < 1:
             raise _invalid("--connections and --max-fetches must be at least 1")
         if not 0 < self.stall_seconds <= _DAY:  # also not a number that is none
@@ -130,6 +149,20 @@ class Settings:
         if self.max_rate is not None and self.max_rate < 1:
             raise _invalid("--max-rate must be greater than 0")
         listen_address(self.listen)
+
+    def marks(self, *, shared: bool) -> tuple[float, float]:
+        """The high and the low mark, in percent; `shared`: kubelet has the same file system.
+
+        Its image garbage collection begins at 85 percent and stops at 80, and finds no images to
+        blame where models fill the disk: it would delete those of the node for ever (design D6).
+        Raises InvalidSpec.
+        """
+        high, low = (78.0, 72.0) if shared else (95.0, 90.0)
+        high = high if self.high is None else self.high
+        low = min(low, high) if self.low is None else self.low
+        if not 0 < low <= high <= 100:
+            raise _invalid(f"--low {low:g} and --high {high:g} must be 0 < low <= high <= 100")
+        return high, low
 
     @property
     def state_directory(self) -> Path:

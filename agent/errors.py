@@ -58,6 +58,7 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     UNSUPPORTED = "Unsupported"
     CONFLICT = "Conflict"
+    KEPT = "Kept"
     # A bug of ours.
     INTERNAL = "InternalError"
 
@@ -262,6 +263,9 @@ RULES: Mapping[Reason, Rule] = {
     ),
     Reason.CONFLICT: Rule(
         first_seconds=inf, cap_seconds=inf, advice="make the requests for this URI agree"
+    ),
+    Reason.KEPT: Rule(
+        first_seconds=inf, cap_seconds=inf, advice="see localmodel why for what keeps it"
     ),
     Reason.INTERNAL: Rule(
         first_seconds=_MINUTE,

@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from agent import manifest
@@ -17,7 +17,7 @@ from agent.files import version_of
 from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
-from agent.model import Job, Listing, Locator, RemoteFile, Stage, Want
+from agent.model import CacheKey, Job, Listing, Locator, RemoteFile, Stage, Want
 from agent.sources import SCHEMES, Source, Sources
 from agent.store import Store
 from agent.threads import changing, looking
@@ -29,6 +29,10 @@ _HOPELESS = frozenset(
 )
 
 
+Copies = dict[tuple[str, int], list[tuple[CacheKey, str]]]
+"""Where sealed models have a file, by its SHA-256 and size (`Store.copies`)."""
+
+
 class Tally:
     """How far one model is. Written by transfer threads, read by the loop."""
 
@@ -36,6 +40,7 @@ class Tally:
         self.want = want
         self.total = total
         self.received = 0
+        self.linked = 0
         self.begun_at = time.monotonic()
         self._stage = stage
         self._done = 0
@@ -48,6 +53,16 @@ class Tally:
             self.received += received
             if received:
                 self._stage = Stage.FETCHING
+
+    def link(self, size: int) -> None:
+        """Bytes that another model had already. Whether they are in place is told by `add`."""
+        with self._lock:
+            self.linked += size
+
+    def verify(self) -> None:
+        """What is here already is being read and hashed."""
+        with self._lock:
+            self._stage = Stage.VERIFYING
 
     @property
     def job(self) -> Job:
@@ -78,18 +93,33 @@ class Fetcher:
         # What this life proved: (inode, size, time) and digest of a file of an ingest. Without it,
         # one file that stays wrong would have its whole model hashed again at every try.
         self._proven: dict[Path, tuple[str | None, str]] = {}
+        # Versions of files that cannot be linked: a hash of them would be in vain once more.
+        self._unlinkable: set[str] = set()
+        self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
+        """Called, on the loop, with files of a sealed model whose bytes turned out wrong."""
 
     def check(self, want: Want) -> None:
         """Raise InvalidSpec or Unsupported for a URI that no source can ever list."""
         self._sources.of(want.ref.uri).check(want.ref)
 
-    async def resolve(self, want: Want) -> None:
-        """Ask the source what the model is today, and pin the answer in the store."""
-        listing = await self._sources.of(want.ref.uri).list(want.ref)
-        await changing(lambda: self._store.begin(listing))
+    async def today(self, want: Want) -> Listing:
+        """What the source has today; nothing is kept of it."""
+        return await self._sources.of(want.ref.uri).list(want.ref)
 
-    async def fetch(self, tally: Tally) -> Manifest:
-        """Bring and prove every file of the pinned listing, then seal. Raises AgentError."""
+    async def resolve(self, want: Want, tally: Tally | None = None) -> None:
+        """Ask the source what the model is today, and pin the answer in the store.
+
+        What other models have of it is linked now, so that room is reserved for the rest only. The
+        tally counts it.
+        """
+        counts = tally or Tally(want, stage=Stage.RESOLVING)
+        listing = await self.today(want)
+        await changing(lambda: self._store.begin(listing))
+        await self._share_all(listing, counts)
+
+    async def fetch(self, tally: Tally, *, stage: bool = False) -> Manifest:
+        """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
+        the model whose place it is to take. Raises AgentError."""
         want = tally.want
         source = self._sources.of(want.ref.uri)
         listing = await changing(lambda: self._pinned(want))
@@ -102,10 +132,16 @@ class Fetcher:
                 Reason.FINGERPRINT_MISMATCH,
                 f"{want.ref.uri} at {listing.revision} is {sealed.fingerprint}, not {expected}",
             )
-        await changing(lambda: self._store.seal(sealed))
-        self._forget(listing)
+        if not stage:
+            await self.seal(sealed)
         self._metrics.download_done(scheme(want), size=listing.bytes, seconds=tally.seconds)
         return sealed
+
+    async def seal(self, proven: Manifest) -> None:
+        """Publish what `fetch` has proven, if it is still what was proven. Raises DiskError."""
+        await looking(lambda: self._refuse_changed(proven))
+        await changing(lambda: self._store.seal(proven))
+        self._forget(proven)
 
     def _pinned(self, want: Want) -> Listing:
         listing = self._store.listing(want.key)
@@ -115,40 +151,30 @@ class Fetcher:
         return listing
 
     async def _files(self, source: Source, listing: Listing, tally: Tally) -> dict[str, str]:
-        """The SHA-256 of every file, by path.
-
-        One file's failure does not stop the others, unless it is the disk's: bytes that come now
-        need not come after the back-off.
-        """
+        """The SHA-256 of every file, by path."""
         digests: dict[str, str] = {}
-        failures: list[AgentError] = []
+        copies = await looking(self._store.copies)
 
         async def one(file: RemoteFile) -> None:
-            try:
-                digests[file.path] = await self._file(source, listing, file, tally)
-            except AgentError as error:
-                failures.append(error)
-                if error.reason in _HOPELESS:
-                    raise
+            digests[file.path] = await self._file(source, listing, file, copies, tally)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                # The largest first: the last connection busy should not be on a whole shard.
-                for file in sorted(listing.files, key=lambda file: -file.size):
-                    group.create_task(one(file))
-        except* AgentError:
-            pass  # in `failures`, like those that did not stop the group
-        if failures:
-            raise failures[0]
+        await _each(listing.files, one)
         return digests
 
-    async def _file(self, source: Source, listing: Listing, file: RemoteFile, tally: Tally) -> str:
+    async def _file(
+        self, source: Source, listing: Listing, file: RemoteFile, copies: Copies, tally: Tally
+    ) -> str:
         key, proven = listing.key, self._store.tree(listing.key) / file.path
         if (version := await looking(lambda: _version(proven))) is not None:
             if (digest := await self._found(proven, version, file)) is not None:
                 tally.add(file.size, 0)
                 return digest
             await changing(lambda: self._store.discard(key, file.path))
+            # By now, a model that had the same wrong file may have been mended.
+            copies = await looking(self._store.copies)
+        if (digest := await self._share(listing, file, copies, tally)) is not None:
+            tally.add(file.size, 0)
+            return digest
 
         async def locate() -> Locator:
             return await source.locate(listing, file)
@@ -187,11 +213,78 @@ class Fetcher:
             return known[1]
         if file.digest is None:
             return None
-        return await self._engine.hash(path, size=file.size, promised=file.digest)
+        digest = await self._engine.hash(path, size=file.size, promised=file.digest)
+        if digest is not None:
+            self._proven[path] = (version, digest)
+        return digest
 
-    def _forget(self, listing: Listing) -> None:
-        tree = self._store.tree(listing.key)
-        for file in listing.files:
+    async def _share_all(self, listing: Listing, tally: Tally) -> None:
+        copies, tree = await looking(self._store.copies), self._store.tree(listing.key)
+
+        async def one(file: RemoteFile) -> None:
+            # What is there already is hashed by `fetch`, and replaced only if it is wrong.
+            if await looking(lambda: _version(tree / file.path)) is None:
+                await self._share(listing, file, copies, tally)
+
+        files = [file for file in listing.files if _places(file, copies)]
+        if files:
+            tally.verify()
+            await _each(files, one)
+
+    async def _share(
+        self, listing: Listing, file: RemoteFile, copies: Copies, tally: Tally
+    ) -> str | None:
+        """The digest of a file that another model had, and that is now in the tree of this one as
+        well; None if it must be brought (design D5)."""
+        for key, path in _places(file, copies):
+            if (digest := await self._link(listing, file, key, path)) is not None:
+                tally.link(file.size)
+                self._metrics.linked_bytes.inc(file.size)
+                return digest
+        return None
+
+    async def _link(
+        self, listing: Listing, file: RemoteFile, key: CacheKey, path: str
+    ) -> str | None:
+        """Link a file of a sealed model whose every byte was hashed again just now; its digest."""
+        source, target = self._store.model(key) / path, self._store.tree(listing.key) / file.path
+        version = await looking(lambda: _version(source))
+        if version is None or version in self._unlinkable:
+            return None
+        try:
+            digest = await self._engine.hash(source, size=file.size, promised=file.digest)
+        except AgentError:  # not to be read: its own model's trouble, this one is fetched
+            return None
+        if digest is None:
+            # Of another version, it was retired or mended while we read.
+            if await looking(lambda: _version(source)) == version:
+                self.suspected(key, [path])
+            return None
+        if not await changing(lambda: self._store.link(listing.key, file.path, source)):
+            self._unlinkable.add(version)
+            return None
+        if await looking(lambda: _version(target)) != version:  # not the very file that was hashed
+            await changing(lambda: self._store.discard(listing.key, file.path))
+            return None
+        self._proven[target] = (version, digest)
+        return digest
+
+    def _refuse_changed(self, proven: Manifest) -> None:
+        """Raise DiskError for a file that somebody wrote into after it was proven.
+
+        One that is shared is in reach of the pods that mount the other model.
+        """
+        tree = self._store.tree(proven.ref.key)
+        for file in proven.files:
+            if self._proven[tree / file.path][0] != _version(tree / file.path):
+                raise AgentError(
+                    Reason.DISK_ERROR,
+                    f"{file.path} of {proven.ref.uri} changed on the disk after it was proven",
+                )
+
+    def _forget(self, proven: Manifest) -> None:
+        tree = self._store.tree(proven.ref.key)
+        for file in proven.files:
             self._proven.pop(tree / file.path, None)
 
     async def damaged(self, found: Manifest) -> list[str]:
@@ -199,6 +292,40 @@ class Fetcher:
         bad = await damaged(self._engine, self._store.model(found.ref.key), found)
         self._metrics.verifications.labels(kind="hash", result="damaged" if bad else "ok").inc()
         return bad
+
+
+def _places(file: RemoteFile, copies: Copies) -> list[tuple[CacheKey, str]]:
+    """Where the promised bytes are. A git blob name is none that a manifest could be asked by."""
+    if file.digest is None or file.digest.algorithm != "sha256":
+        return []
+    return copies.get((file.digest.hex, file.size), [])
+
+
+async def _each(files: Iterable[RemoteFile], act: Callable[[RemoteFile], Awaitable[None]]) -> None:
+    """Act on all files at once, and raise the first failure when all have ended.
+
+    One file's failure does not stop the others, unless it is the disk's: bytes that come now need
+    not come after the back-off.
+    """
+    failures: list[AgentError] = []
+
+    async def one(file: RemoteFile) -> None:
+        try:
+            await act(file)
+        except AgentError as error:
+            failures.append(error)
+            if error.reason in _HOPELESS:
+                raise
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            # The largest first: the last connection busy should not be on a whole shard.
+            for file in sorted(files, key=lambda file: -file.size):
+                group.create_task(one(file))
+    except* AgentError:
+        pass  # in `failures`, like those that did not stop the group
+    if failures:
+        raise failures[0]
 
 
 async def damaged(engine: Engine, root: Path, found: Manifest) -> list[str]:

@@ -52,6 +52,11 @@ def version_of(found: os.stat_result) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
 
+def seconds_of(found: os.stat_result) -> int:
+    """When a file was written, whole Unix seconds, rounded down: as a float it may round up."""
+    return found.st_mtime_ns // 10**9
+
+
 class Files:
     """The real file system."""
 
@@ -93,6 +98,10 @@ class Files:
         """Atomic. Replaces a file, or an empty directory."""
         source.rename(target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name on the same file system. No symlink is followed."""
+        os.link(source, target, follow_symlinks=False)
+
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 
@@ -100,6 +109,13 @@ class Files:
         """Give a file or directory exactly this mode, durably. No symlink is followed."""
         if stat.S_IMODE(path.lstat().st_mode) != mode:
             path.chmod(mode)
+            _sync(path, os.O_NOFOLLOW)
+
+    def backdate(self, path: Path, latest: int) -> None:
+        """Take the time of a file that was written later (Unix seconds) back to that, durably."""
+        found = path.lstat()
+        if seconds_of(found) > latest:
+            os.utime(path, ns=(found.st_atime_ns, latest * 10**9), follow_symlinks=False)
             _sync(path, os.O_NOFOLLOW)
 
     def sync_directory(self, path: Path) -> None:

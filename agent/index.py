@@ -10,6 +10,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 from sqlite_utils import Database, Migrations
 
 from agent.errors import AgentError, Reason
-from agent.model import Attempt, CacheKey, Entry
+from agent.model import Asked, Attempt, CacheKey, Entry, Past
 
 _T = TypeVar("_T")
 _MEMORY = Path(":memory:")
@@ -67,6 +68,38 @@ def asked_and_pods(db: Database) -> None:
     db.execute("create table counts (result text primary key, pods integer not null) strict")
 
 
+@migrations()
+def history_and_leaving(db: Database) -> None:
+    db.execute("alter table asked add column retain_seconds real")
+    db.execute("alter table asked add column left_at real")
+    db.execute(
+        """
+        create table history (
+            id integer primary key,
+            at real not null,
+            key text not null,
+            uri text not null,
+            what text not null,
+            why text not null,
+            bytes integer not null,
+            age_seconds real,
+            idle_seconds real
+        ) strict
+        """
+    )
+    db.execute("create index history_of_key on history (key, id)")
+
+
+@migrations()
+def proofs(db: Database) -> None:
+    db.execute("alter table models add column proven_at real not null default 0")
+
+
+@migrations()
+def refreshes(db: Database) -> None:
+    db.execute("create table refreshed (key text primary key, token text not null) strict")
+
+
 class Index:
     """The index of one volume. Every coroutine is one transaction.
 
@@ -109,6 +142,36 @@ class Index:
             )
         )
 
+    async def record_proven(self, key: CacheKey, when: float) -> None:
+        """Every byte was hashed again, and was as sealed or was reported."""
+        await self._note(
+            lambda db: db.execute("update models set proven_at = ? where key = ?", [when, key])
+        )
+
+    async def proven(self) -> dict[CacheKey, float]:
+        """Unix seconds of the last such proof after the seal; 0 for none."""
+        return await self._run(
+            lambda db: {
+                CacheKey(key): at
+                for key, at in db.execute("select key, proven_at from models").fetchall()
+            }
+        )
+
+    async def record_refreshed(self, key: CacheKey, token: str) -> None:
+        """The source was asked again because of this value of the annotation."""
+        row = [key, token]
+        await self._note(
+            lambda db: db.execute("insert or replace into refreshed values (?, ?)", row)
+        )
+
+    async def refreshed(self) -> dict[CacheKey, str]:
+        return await self._run(
+            lambda db: {
+                CacheKey(key): token
+                for key, token in db.execute("select key, token from refreshed").fetchall()
+            }
+        )
+
     async def record_gone(self, key: CacheKey) -> None:
         await self._note(lambda db: db.execute("delete from models where key = ?", [key]))
 
@@ -129,22 +192,55 @@ class Index:
     async def attempts(self) -> dict[CacheKey, Attempt]:
         return await self._run(_attempts)
 
-    async def record_asked(self, key: CacheKey, owner: str) -> None:
-        """The desired state of this owner asked for this key."""
-        row = [key, owner]
-        await self._note(lambda db: db.execute("insert or replace into asked values (?, ?)", row))
+    async def record_asked(self, key: CacheKey, asked: Asked) -> None:
+        """The desired state asks for this key, or has stopped to."""
+        row = [key, asked.owner, asked.retain_seconds, asked.left_at]
+        await self._note(
+            lambda db: db.execute(
+                "insert or replace into asked (key, owner, retain_seconds, left_at)"
+                " values (?, ?, ?, ?)",
+                row,
+            )
+        )
 
     async def forget_asked(self, key: CacheKey) -> None:
         await self._note(lambda db: db.execute("delete from asked where key = ?", [key]))
 
-    async def asked(self) -> dict[CacheKey, str]:
-        """The keys that were asked for, and by whose desired state."""
+    async def asked(self) -> dict[CacheKey, Asked]:
+        """The keys that were asked for, by whose desired state, and until when."""
         return await self._run(
             lambda db: {
-                CacheKey(key): owner
-                for key, owner in db.execute("select key, owner from asked").fetchall()
+                CacheKey(key): Asked(owner=owner, retain_seconds=retain, left_at=left)
+                for key, owner, retain, left in db.execute(
+                    "select key, owner, retain_seconds, left_at from asked"
+                ).fetchall()
             }
         )
+
+    async def record_past(self, past: Past) -> None:
+        """One line of history; what is older than the newest ten thousand goes."""
+
+        def statement(db: Database) -> None:
+            row = asdict(past)
+            names = ", ".join(row)
+            marks = ", ".join("?" * len(row))
+            db.execute(f"insert into history ({names}) values ({marks})", list(row.values()))
+            db.execute("delete from history where id <= (select max(id) from history) - 10000")
+
+        await self._note(statement)
+
+    async def past(self, key: CacheKey | None = None, *, since: float = 0.0) -> list[Past]:
+        """What happened, to one model or to all, the oldest first. `since` is Unix seconds."""
+        rows = await self._run(
+            lambda db: list(
+                db.query(
+                    "select * from history where at >= :since and (:key is null or key = :key)"
+                    " order by id",
+                    {"since": since, "key": key},
+                )
+            )
+        )
+        return [Past(**{name: row[name] for name in row if name != "id"}) for row in rows]
 
     async def record_pod(self, uid: str, result: str, when: float) -> None:
         """A pod was counted. The number outlives the row, which is kept while the pod is there."""

@@ -5,12 +5,13 @@ a disk or asks a clock.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from agent.errors import AgentError, Reason
 from agent.manifest import Manifest
 from agent.model import (
+    Asked,
     Attempt,
     Block,
     Blocked,
@@ -42,12 +43,26 @@ class Known:
     attempts: dict[CacheKey, Attempt] = field(default_factory=dict)
     blocked: Mapping[CacheKey, Block] = field(default_factory=dict)
     started: dict[CacheKey, float] = field(default_factory=dict)
-    asked_for: dict[CacheKey, str] = field(default_factory=dict)
-    """Keys that the desired state has asked for, in this life or an earlier one, and its owner."""
+    asked_for: dict[CacheKey, Asked] = field(default_factory=dict)
+    """Keys that the desired state has asked for, in this life or an earlier one."""
+    shared: dict[CacheKey, frozenset[tuple[int, int]]] = field(default_factory=dict)
+    """The files of sealed models that have more than one name: inode and size."""
+    pinned: frozenset[CacheKey] = frozenset()
+    refreshed: dict[CacheKey, str] = field(default_factory=dict)
+    """Because of which value of the annotation the source was asked last."""
+    listed: dict[CacheKey, str] = field(default_factory=dict)
+    """The same of the listing that is being fetched."""
+    staged: dict[CacheKey, Manifest] = field(default_factory=dict)
+    """Proven and not sealed yet: what is to take the place of a sealed model."""
+    waiting: dict[CacheKey, float] = field(default_factory=dict)
+    """Since when a want has been short of room, Unix seconds."""
 
     def entry(self, key: CacheKey) -> Entry | None:
         found = self.sealed.get(key)
-        return None if found is None else found.entry(last_used=self.last_used.get(key, 0.0))
+        if found is None:
+            return None
+        entry = found.entry(last_used=self.last_used.get(key, 0.0))
+        return replace(entry, shared=self.shared.get(key, frozenset()))
 
     def entries(self) -> dict[CacheKey, Entry]:
         return {key: entry for key in self.sealed if (entry := self.entry(key)) is not None}
@@ -59,15 +74,35 @@ class Known:
     def seal(self, key: CacheKey, sealed: Manifest, now: float) -> None:
         """A model is on offer, proven a moment ago: its failures and its damage are over."""
         self.sealed[key], self.last_used[key] = sealed, now
-        for over in (self.damaged, self.withdrawn, self.mending, self.attempts, self.started):
+        for over in (
+            *(self.damaged, self.withdrawn, self.mending, self.attempts, self.started),
+            self.staged,
+        ):
             over.pop(key, None)
 
     def withdraw(self, key: CacheKey) -> None:
         """A damaged model is off offer. It is to be whole again, and the same as before, whether or
         not anybody asks for it now."""
         found = self.sealed.pop(key)
+        self.staged.pop(key, None)
         self.withdrawn[key] = found, self.damaged.pop(key)
         self.mending[key] = Want(ref=found.ref, expect_fingerprint=found.fingerprint)
+
+    def outdated(self, wants: Mapping[CacheKey, Want]) -> frozenset[CacheKey]:
+        """Sealed models that the desired state wants otherwise, or wants to be asked for again.
+
+        `wants` are those that are decided on now: the desired state may have changed since.
+        """
+        return frozenset(
+            key
+            for key, want in self.desired.wants.items()
+            if key in self.sealed
+            and wants.get(key) == want
+            and (
+                want.ref != self.sealed[key].ref
+                or want.refresh not in ("", self.refreshed.get(key))
+            )
+        )
 
     def replace_what_is_left(self, want: Want) -> None:
         """An ingest of other patterns, that nobody asks for now, gives way to one who asks."""
@@ -86,6 +121,51 @@ class Known:
             if ingest.remaining == 0 and not refused:
                 self.mending[key] = Want(ref=ingest.ref)
 
+    def note_the_asked(self, now: float) -> dict[CacheKey, Asked | None]:
+        """Bring `asked_for` up to date with the desired state; the changes, None: forgotten.
+
+        What is not asked for any more has left at this moment, if it is sure that it has.
+        """
+        desired, changes = self.desired, dict[CacheKey, Asked | None]()
+        for key, want in desired.wants.items():
+            asked = Asked(owner=desired.owner or "", retain_seconds=want.retain_seconds)
+            if self.asked_for.get(key) != asked:
+                changes[key] = asked
+        present = self.sealed.keys() | self.ingests.keys()
+        for key, before in self.asked_for.items():
+            if key in desired.wants:
+                continue
+            if key not in present:
+                changes[key] = None
+            elif before.left_at is None and self.has_left(key):
+                changes[key] = replace(before, left_at=now)
+        for key, asked_now in changes.items():
+            if asked_now is None:
+                del self.asked_for[key]
+            else:
+                self.asked_for[key] = asked_now
+        return changes
+
+    def has_left(self, key: CacheKey) -> bool:
+        """Whether the desired state that asked for it once does not any more, for sure."""
+        desired, asked = self.desired, self.asked_for.get(key)
+        return (
+            asked is not None
+            and desired.complete
+            and asked.owner == desired.owner
+            and key not in desired.wants
+            and key not in desired.spoken_for
+        )
+
+    def left(self, retain_seconds: float) -> dict[CacheKey, float]:
+        """What left, and until when each is kept, Unix seconds."""
+        return {
+            key: asked.left_at
+            + (retain_seconds if asked.retain_seconds is None else asked.retain_seconds)
+            for key, asked in self.asked_for.items()
+            if asked.left_at is not None and self.has_left(key)
+        }
+
     def facts(
         self, wants: Mapping[CacheKey, Want], jobs: Mapping[CacheKey, tuple[ModelRef, Job]]
     ) -> dict[CacheKey, Facts]:
@@ -98,6 +178,9 @@ class Known:
     ) -> Facts:
         entry, ingest, attempt = self.entry(key), self.ingests.get(key), self.attempts.get(key)
         refs = [known.ref for known in (want, entry, ingest) if known is not None]
+        desired = self.desired.wants.get(key)
+        if desired is not None and entry is not None and desired.ref != entry.ref:
+            entry = None  # other files are wanted now, and on their way to its place
         if want and entry and (error := objection(want, entry)):
             # It is here, but it is not what is wanted: to these users it is not ready.
             entry, attempt = None, _never(key, error)
@@ -112,6 +195,8 @@ class Known:
             attempt=attempt,
             block=self.blocked.get(key),
             started_at=self.started.get(key),
+            floor=want.floor if want is not None else 0,
+            staged=key in self.staged,
         )
 
     def refusal(self, key: CacheKey) -> AgentError | None:

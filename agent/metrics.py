@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent import __version__
 from agent.errors import AgentError, Reason
-from agent.model import Space, Traffic
+from agent.model import Space, Traffic, Why
 from agent.phases import Phase
 
 Result = Literal["hit", "joined", "miss"]
@@ -74,6 +74,11 @@ class Metrics:
             ["source"],
             registry=registry,
         )
+        self.linked_bytes = Counter(
+            "localmodel_linked_bytes",
+            "Bytes of files that a sealed model had already: hard-linked, not downloaded.",
+            registry=registry,
+        )
         self.download_seconds = Histogram(
             "localmodel_download_duration_seconds",
             "Seconds from the first byte asked for to the seal, of tries that succeeded.",
@@ -89,15 +94,32 @@ class Metrics:
         )
         self.verifications = Counter(
             "localmodel_verifications",
-            "Sealed models looked at again: names and sizes (look), every byte (hash).",
+            "Sealed models looked at again: names and sizes (look), every byte, on demand (hash)"
+            " or after some days (scrub).",
             ["kind", "result"],
             registry=registry,
         )
+        self.scrubbed_bytes = Counter(
+            "localmodel_scrubbed_bytes",
+            "Bytes of sealed models that were read and hashed again in the background.",
+            registry=registry,
+        )
         self.evictions = Counter(
-            "localmodel_evictions", "Sealed models retired to make room.", registry=registry
+            "localmodel_evictions",
+            "Sealed models retired: for room, or because they left, expired or were asked to go.",
+            ["why"],
+            registry=registry,
         )
         self.evicted_bytes = Counter(
-            "localmodel_evicted_bytes", "Bytes of the models retired.", registry=registry
+            "localmodel_evicted_bytes", "Bytes that retired models gave back.", registry=registry
+        )
+        self.ghost_hits = Counter(
+            "localmodel_ghost_hits",
+            "Models fetched again within 7 days of their eviction: a larger disk had held them.",
+            registry=registry,
+        )
+        self.ghost_bytes = Counter(
+            "localmodel_ghost_bytes", "Bytes of these models when they went.", registry=registry
         )
         self.models = Gauge("localmodel_models", "Models by state.", ["state"], registry=registry)
         self.stored_bytes = Gauge(
@@ -138,9 +160,11 @@ class Metrics:
             self.models.labels(state=phase.value)
         for kind in ("sealed", "partial", "reserved"):
             self.stored_bytes.labels(kind=kind)
-        for kind in ("look", "hash"):
+        for kind in ("look", "hash", "scrub"):
             for result in ("ok", "damaged"):
                 self.verifications.labels(kind=kind, result=result)
+        for why in Why:
+            self.evictions.labels(why=why.value)
         for result in ("ok", "failed"):
             self.turns.labels(result=result)
 

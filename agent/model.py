@@ -40,12 +40,26 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """A model that should be here, and the names of those who asked (several may share a key)."""
+    """A model that should be here, and the names of those who asked (several may share a key).
+
+    `on_demand`: fetched when somebody asks for it on this node, and a victim like any other later;
+    it goes `ttl_seconds` after its last use at the latest. `retain_seconds` is how long it is kept
+    after it left the desired state, where that is said. `floor` is what its cache says of its size,
+    in bytes, shown until its listing is known. `groups` are the node groups that ask for it.
+    Any new value of `refresh` asks the source again what the model is today (design D13).
+    """
 
     ref: ModelRef
     names: frozenset[str] = frozenset()
     priority: int = 0
     expect_fingerprint: str | None = None
+    on_demand: bool = False
+    pinned: bool = False
+    ttl_seconds: float | None = None
+    retain_seconds: float | None = None
+    floor: int = 0
+    groups: frozenset[str] = frozenset()
+    refresh: str = ""
 
     @property
     def key(self) -> CacheKey:
@@ -119,7 +133,10 @@ Locator = HttpLocator | PathLocator
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A sealed model: complete, proven and on offer. Immutable by construction."""
+    """A sealed model: complete, proven and on offer. Immutable by construction.
+
+    `shared` are those of its files that have more than one name: inode and size.
+    """
 
     ref: ModelRef
     revision: str
@@ -128,6 +145,7 @@ class Entry:
     files: int
     sealed_at: float
     last_used: float
+    shared: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def key(self) -> CacheKey:
@@ -186,12 +204,47 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """That the desired state of `owner` has asked for a key, and when it stopped to, Unix seconds.
+
+    `retain_seconds` is what its cache said of keeping it from then on, if anything.
+    """
+
+    owner: str
+    retain_seconds: float | None = None
+    left_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """Something that happened to a model, for who asks why. Times are Unix seconds.
+
+    `what` is `Sealed`, `Evicted`, `Damaged` or `WantedAgain`; `why` a reason where there is one;
+    `age_seconds` how long it had been here, `idle_seconds` how long nobody had used it.
+    """
+
+    at: float
+    key: CacheKey
+    uri: str
+    what: str
+    why: str = ""
+    bytes: int = 0
+    age_seconds: float | None = None
+    idle_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Actual:
     """What is there. `in_use` is None when it could not be established: then nothing is evicted.
 
-    `left` are keys that the desired state asked for once and does not any more, kept no longer;
-    `kept` are no victims though nothing wants them now, because nobody said that they may go;
-    `begun` holds every ingest, also those whose listing is not to be used again.
+    `left` are keys that the desired state asked for once and does not any more, and until when
+    each is kept all the same, Unix seconds; `kept` are no victims though nothing wants them now,
+    because nobody said that they may go; `begun` holds every ingest, also those whose listing is
+    not to be used again. `demanded` are keys that somebody waits for here and now; `pinned` those
+    that an operator keeps, `outcast` those that an operator
+    wants to be gone; `waiting` says since when a want has been short of room.
+    `outdated` are sealed models that another revision, or other files, should take the place of;
+    `staged` those of which that other one is here and proven.
     """
 
     entries: Mapping[CacheKey, Entry]
@@ -200,9 +253,15 @@ class Actual:
     jobs: Mapping[CacheKey, Job] = field(default_factory=dict)
     attempts: Mapping[CacheKey, Attempt] = field(default_factory=dict)
     in_use: frozenset[CacheKey] | None = None
-    left: frozenset[CacheKey] = frozenset()
+    left: Mapping[CacheKey, float] = field(default_factory=dict)
     kept: frozenset[CacheKey] = frozenset()
     begun: frozenset[CacheKey] = frozenset()
+    demanded: frozenset[CacheKey] = frozenset()
+    pinned: frozenset[CacheKey] = frozenset()
+    outcast: frozenset[CacheKey] = frozenset()
+    outdated: frozenset[CacheKey] = frozenset()
+    staged: frozenset[CacheKey] = frozenset()
+    waiting: Mapping[CacheKey, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +288,8 @@ class Volume:
 
     `reclaiming` is what was retired and is not unlinked yet. `high` and `low` are fractions of
     `capacity`: above `high` nothing is begun that needs room, and victims are looked for, down to
-    `low`.
+    `low`. `limit` is what our own bytes may take, whatever else the disk holds; `group_limits` are
+    the same for the models that a node group asks for.
     """
 
     capacity: int
@@ -239,6 +299,8 @@ class Volume:
     low: float = 0.90
     max_fetches: int = 2
     min_age_seconds: float = 600.0
+    limit: int | None = None
+    group_limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
@@ -274,22 +336,54 @@ class Withdraw:
     key: CacheKey
 
 
+class Why(StrEnum):
+    """Why a sealed model is evicted."""
+
+    SPACE = "Space"  # its room is needed for another
+    LEFT = "Left"  # its users took it out of the desired state
+    EXPIRED = "Expired"  # its ttl has passed since its last use
+    ASKED = "Asked"  # an operator said so
+
+
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Retire a sealed model to make room."""
+    """Retire a sealed model. `bytes` are those that this frees: not what another model shares."""
 
     key: CacheKey
     bytes: int
+    why: Why = Why.SPACE
 
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Give up what was begun of a model that left the desired state."""
+    """Give up what was begun of a model that nobody waits for; this frees so many `bytes`."""
+
+    key: CacheKey
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Put a staged revision in the place of the sealed one that nobody uses."""
 
     key: CacheKey
 
 
-Action = Resolve | Fetch | Cancel | Withdraw | Evict | Abandon
+Action = Resolve | Fetch | Cancel | Withdraw | Evict | Abandon | Exchange
+
+
+class Kept(StrEnum):
+    """Why a sealed model is no victim now, whatever room is needed."""
+
+    WANTED = "Wanted"
+    DEMANDED = "Demanded"
+    IN_USE = "InUse"
+    UNKNOWN_USE = "UnknownUse"
+    PINNED = "Pinned"
+    YOUNG = "Young"
+    DAMAGED = "Damaged"
+    BUSY = "Busy"
+    UNCONFIRMED = "Unconfirmed"
 
 
 class Blocked(StrEnum):

@@ -47,7 +47,8 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.VERIFYING: (_WORK - {Phase.VERIFYING})
     | {Phase.PENDING, Phase.READY, Phase.FAILED, Phase.PARTIAL},
     # A damaged model leaves Ready at once and is mended in place of being trusted.
-    Phase.READY: frozenset({Phase.PENDING, Phase.FETCHING, Phase.VERIFYING, Phase.FAILED}),
+    # To resolving: its cache wants other files of it now.
+    Phase.READY: _WORK | {Phase.PENDING, Phase.FAILED},
     Phase.FAILED: _WORK | {Phase.PENDING, Phase.READY, Phase.PARTIAL},
     Phase.PARTIAL: _WORK | {Phase.PENDING, Phase.FAILED, Phase.READY},
 }

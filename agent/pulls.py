@@ -24,6 +24,11 @@ class Pull:
         """Bytes that came for this model since it is waited for, and of the download it joined."""
         return sum(tally.received for tally in self.tallies)
 
+    @property
+    def linked(self) -> int:
+        """Bytes that other models had already, in the same jobs."""
+        return sum(tally.linked for tally in self.tallies)
+
 
 class Pulls:
     """The pulls without an answer: one a key at most, shared by all who wait for it."""

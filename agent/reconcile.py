@@ -18,6 +18,7 @@ from math import inf
 from agent.backoff import Dice, next_attempt
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
+from agent.history import History
 from agent.index import Index
 from agent.jobs import Jobs, Work
 from agent.known import Known, agree
@@ -28,9 +29,11 @@ from agent.model import (
     Action,
     Actual,
     Attempt,
+    Blocked,
     CacheKey,
     Cancel,
     Evict,
+    Exchange,
     Fetch,
     Ingest,
     ModelRef,
@@ -42,13 +45,17 @@ from agent.model import (
     Want,
     Withdraw,
 )
+from agent.pins import Pins
 from agent.plan import plan
 from agent.publish import Publisher
 from agent.pulls import Pull, Pulls
 from agent.removal import InUse, Removal, unknown_use
+from agent.scrub import Scrub
 from agent.status import Facts
 from agent.store import Store
 from agent.threads import changing, looking
+from agent.victims import keeps
+from agent.why import KEPT
 from agent.wishes import Desired
 
 _log = logging.getLogger(__name__)
@@ -73,8 +80,19 @@ class Policy:
     high: float
     low: float
     max_fetches: int
-    retain: bool = True
-    """Whether a model that leaves the desired state is kept until its room is needed."""
+    limit: int | None = None
+    min_age_seconds: float = 600.0
+    retain_seconds: float = 7 * 86400.0
+    """How long a model is kept that left the desired state, where its cache does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """All that a plan is made from, beside what is wanted. `now` is Unix seconds."""
+
+    actual: Actual
+    volume: Volume
+    now: float
 
 
 class Reconciler:
@@ -90,6 +108,7 @@ class Reconciler:
         metrics: Metrics,
         space: Callable[[], Space],
         policy: Policy,
+        scrub: Scrub | None = None,
         in_use: InUse = unknown_use,
         in_use_now: InUse | None = None,
         clock: Callable[[], float] = time.time,
@@ -101,7 +120,7 @@ class Reconciler:
         self._publisher = publisher
         self._metrics = metrics
         self._space = space
-        self._policy = policy
+        self.policy = policy
         self._in_use = in_use
         self._clock = clock
         self._dice = dice
@@ -110,6 +129,11 @@ class Reconciler:
         self._pulls = Pulls()
         self._jobs = Jobs(ended=self.wake)
         self._removal = Removal(store, in_use_now or in_use, swept=self.wake)
+        self._scrub = scrub
+        self._history = History(index, metrics, clock)
+        self._pins = Pins(store.root)
+        self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
+        fetcher.suspected = self._suspect
         self._list_again: set[CacheKey] = set()
         self._forgiven: set[CacheKey] = set()
         self._touched: dict[CacheKey, float] = {}
@@ -148,7 +172,7 @@ class Reconciler:
         """Ask for one model now, whatever failed before. Raises InvalidSpec, Conflict, ..."""
         self._fetcher.check(want)
         self._known.replace_what_is_left(want)
-        if (other := self._wants().get(want.key)) is not None:
+        if (other := self.wants().get(want.key)) is not None:
             agree(want, other)
         pull = self._pulls.join(want, self.running(want.key))
         if want.key not in self._jobs:
@@ -172,6 +196,19 @@ class Reconciler:
             self._known.damaged[ref.key] = bad
         return self.pull(Want(ref=ref))
 
+    async def evict(self, key: CacheKey) -> int:
+        """Take a sealed model away; the bytes that this frees. Raises Kept with what keeps it."""
+        if key not in self._outcasts:
+            self._outcasts[key] = asyncio.get_running_loop().create_future()
+        self.wake()
+        return await asyncio.shield(self._outcasts[key])
+
+    async def pin(self, key: CacheKey, *, pinned: bool) -> None:
+        """Keep a model, or what will be one, whatever room is needed; or do not any more."""
+        act = self._pins.add if pinned else self._pins.remove
+        await changing(partial(act, key))
+        self.wake()
+
     def not_ready(self) -> str | None:
         if self.trouble is not None:
             return f"{self.trouble.reason}: {self.trouble.message}"
@@ -192,7 +229,7 @@ class Reconciler:
     def on_its_way(self, key: CacheKey) -> bool:
         """Whether somebody asked for it already, and the last try has not failed. Between the
         listing and the download, and in the queue, no job runs and yet it is coming."""
-        wanted = key in self._jobs or key in self._wants()
+        wanted = key in self._jobs or key in self.wants()
         return wanted and key not in self._known.attempts
 
     def retiring(self, key: CacheKey) -> bool:
@@ -226,7 +263,7 @@ class Reconciler:
         """Everything known of every key there is something to say of."""
         tallies = self._jobs.tallies()
         jobs = {key: (tally.want.ref, tally.job) for key, tally in tallies.items()}
-        return self._known.facts(self._wants(), jobs)
+        return self._known.facts(self.wants(), jobs)
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -244,9 +281,12 @@ class Reconciler:
         self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
         for key, found, used in await looking(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
+            known.shared[key] = await looking(partial(self._store.shared, key, found))
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
         known.asked_for = await self._index.asked()
+        known.refreshed = await self._index.refreshed()
+        await self._history.open()
         known.ingests = await looking(self._store.ingests)
         known.mend_what_is_complete()
 
@@ -257,9 +297,16 @@ class Reconciler:
                 group.create_task(self._turns())
                 group.create_task(self._progress())
                 group.create_task(self._removal.run())
+                if self._scrub is not None:
+                    found = partial(self._suspect, kind="scrub")
+                    group.create_task(self._scrub.run(self.sealed, found))
         finally:
             await self._jobs.stop()
-            self._pulls.refuse_all(AgentError(Reason.STOPPED, "the agent stops; bytes are kept"))
+            stopped = AgentError(Reason.STOPPED, "the agent stops; bytes are kept")
+            self._pulls.refuse_all(stopped)
+            for answer in self._outcasts.values():
+                if not answer.done():
+                    answer.set_exception(stopped)
 
     async def _turns(self) -> None:
         while True:
@@ -298,14 +345,15 @@ class Reconciler:
         await self._note_the_wanted()
         await self._look_at_all()
         # As they are now: by the time an action is carried out, somebody may have gone.
-        wants = self._wants()
+        wants = self.wants()
         await self._cancel_the_outdated(wants)
-        actual = await self._observe(wants)
-        decided = plan(wants, actual, await self._volume(), now=self._clock())
-        self._known.blocked = decided.blocked
+        seen = await self.observe(wants)
+        decided = plan(wants, seen.actual, seen.volume, now=seen.now)
+        self._note_the_blocked(decided)
         for action in decided.actions:
             if not await self._attempt(action, wants):
                 break  # what follows may count on room that it did not make
+        self._answer_the_outcast(wants, seen)
         self._pulls.answer(self._known, self._jobs)
         await self._publish()
         return decided
@@ -316,33 +364,67 @@ class Reconciler:
 
     async def _cancel_the_outdated(self, wants: Mapping[CacheKey, Want]) -> None:
         """A job for other patterns than those that are wanted now would publish the wrong files."""
+        for key in self._known.staged.keys() - self._known.outdated(wants):
+            del self._known.staged[key]  # nobody wants it in the place of the other any more
+            await self._removal.abandon(key, 0)
         for key, tally in self._jobs.tallies().items():
-            if key in wants and tally.want.ref != wants[key].ref:
+            # Nor must a newer revision be waited for while the one on offer is wrong.
+            wrong = key in self._known.damaged and key in self._known.sealed
+            if wrong or (key in wants and tally.want.ref != wants[key].ref):
                 await self._cancel(key)
 
-    def _wants(self) -> dict[CacheKey, Want]:
+    def wants(self) -> dict[CacheKey, Want]:
         """The desired state, beside it what somebody waits for, and what is being mended."""
         return {**self._known.mending, **self._pulls.wants(), **self._known.desired.wants}
 
-    async def _observe(self, wants: Mapping[CacheKey, Want]) -> Actual:
-        known = self._known
+    async def observe(self, wants: Mapping[CacheKey, Want]) -> Seen:
+        """Everything that a plan needs to know."""
+        known, used = self._known, await self._used()
+        known.pinned = await looking(self._pins.all)
 
         def usable(key: CacheKey, ingest: Ingest) -> bool:
             """Whether its pinned listing answers what is asked for now; else it is listed again."""
             asked = wants.get(key)
             return key not in self._list_again and (asked is None or asked.ref == ingest.ref)
 
-        return Actual(
+        actual = Actual(
             entries=known.entries(),
             damaged=frozenset(known.damaged),
             ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
             jobs=self._jobs.jobs(),
             attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
-            in_use=await self._used(),
-            left=self._left(),
+            in_use=used,
+            left=known.left(self.policy.retain_seconds) if self._hears else {},
             kept=self._kept(),
             begun=frozenset(known.ingests),
+            demanded=frozenset({*(used or ()), *self._pulls.wants(), *known.mending}),
+            pinned=known.pinned,
+            outcast=frozenset(self._outcasts),
+            outdated=known.outdated(wants),
+            staged=frozenset(known.staged),
+            waiting=known.waiting,
         )
+        return Seen(actual=actual, volume=await self._volume(), now=self._clock())
+
+    def _note_the_blocked(self, decided: Plan) -> None:
+        known, now = self._known, self._clock()
+        known.blocked = decided.blocked
+        known.waiting = {
+            key: min(now, known.waiting.get(key, now))
+            for key, block in decided.blocked.items()
+            if block.why is Blocked.INSUFFICIENT_CAPACITY
+        }
+
+    def _answer_the_outcast(self, wants: Mapping[CacheKey, Want], seen: Seen) -> None:
+        for key, answer in list(self._outcasts.items()):
+            if answer.done():
+                continue
+            entry = seen.actual.entries.get(key)
+            kept = entry and keeps(key, wants, seen.actual, seen.volume, seen.now)
+            why = KEPT[kept] if kept else "it is in use, or nobody can tell now; try again"
+            message = f"{entry.ref.uri}: {why}" if entry else f"{key} is not on offer here"
+            answer.set_exception(AgentError(Reason.KEPT, message))
+        self._outcasts.clear()
 
     async def _used(self) -> frozenset[CacheKey] | None:
         """What pods use, and what was spared a moment ago."""
@@ -354,29 +436,20 @@ class Reconciler:
     async def _note_the_wanted(self) -> None:
         """Remember which keys the desired state has asked for, also over a restart: what leaves it
         while no agent runs has left it all the same."""
-        known = self._known
-        present = known.sealed.keys() | known.ingests.keys()
-        wants, owner = known.desired.wants, known.desired.owner
-        for key in wants:
-            if known.asked_for.get(key) != owner:
-                await self._index.record_asked(key, owner)
-                known.asked_for[key] = owner
-        for key in known.asked_for.keys() - wants.keys() - present - self._jobs.keys():
-            await self._index.forget_asked(key)
-            del known.asked_for[key]
-
-    def _left(self) -> frozenset[CacheKey]:
-        desired = self._known.desired
-        if self._policy.retain or not (self._hears and desired.complete):
-            return frozenset()
-        asked = {key for key, who in self._known.asked_for.items() if who == desired.owner}
-        return frozenset(asked - self._wants().keys() - desired.spoken_for)
+        if not self._hears:
+            return
+        for key, asked in self._known.note_the_asked(self._clock()).items():
+            if asked is None:
+                await self._index.forget_asked(key)
+            else:
+                await self._index.record_asked(key, asked)
 
     def _kept(self) -> frozenset[CacheKey]:
         """What nobody wants now, and nobody said may go: its object is away, or cannot be read."""
-        desired = self._known.desired
-        asked = frozenset() if desired.complete else self._known.asked_for.keys()
-        return desired.spoken_for | asked
+        known, desired = self._known, self._known.desired
+        if not desired.complete:  # also what was asked for before an index was lost
+            return frozenset({*known.sealed, *known.ingests})
+        return desired.spoken_for | (known.asked_for.keys() if desired.owner is None else set())
 
     def _bounded(self, attempt: Attempt) -> Attempt:
         """A clock that was wrong when it failed must not put the next try off for years."""
@@ -391,9 +464,12 @@ class Reconciler:
             capacity=space.capacity,
             free=space.free,
             reclaiming=self._removal.reclaiming,
-            high=self._policy.high,
-            low=self._policy.low,
-            max_fetches=self._policy.max_fetches,
+            high=self.policy.high,
+            low=self.policy.low,
+            max_fetches=self.policy.max_fetches,
+            min_age_seconds=self.policy.min_age_seconds,
+            limit=self.policy.limit,
+            group_limits=self._known.desired.group_limits,
         )
 
     async def _look_at_all(self) -> None:
@@ -404,6 +480,7 @@ class Reconciler:
         for key, found in list(self._known.sealed.items()):
             try:
                 wrong = await looking(partial(self._store.damage, key, found))
+                self._known.shared[key] = await looking(partial(self._store.shared, key, found))
             except (
                 AgentError
             ) as error:  # nobody can tell now; the others are looked at all the same
@@ -411,13 +488,17 @@ class Reconciler:
             else:
                 self._note_damage(key, wrong)
 
-    def _note_damage(self, key: CacheKey, missing: list[str]) -> None:
-        self._metrics.verifications.labels(kind="look", result="damaged" if missing else "ok").inc()
+    def _note_damage(self, key: CacheKey, missing: list[str], *, kind: str = "look") -> None:
+        self._metrics.verifications.labels(kind=kind, result="damaged" if missing else "ok").inc()
         if missing and key in self._known.sealed and key not in self._known.damaged:
             uri = self._known.sealed[key].ref.uri
             _log.error("%s is damaged: %s", uri, ", ".join(missing[:5]), extra={"key": key})
             self._known.damaged[key] = missing
             self.wake()
+
+    def _suspect(self, key: CacheKey, paths: list[str], *, kind: str = "hash") -> None:
+        """Files of a sealed model turned out wrong while they were read for another purpose."""
+        self._note_damage(key, paths, kind=kind)
 
     # -- acting -------------------------------------------------------------------------------
 
@@ -430,7 +511,7 @@ class Reconciler:
             want = wants.get(action.key) or (Want(ref=found.ref) if found else None)
             _log.error("%s %s failed: %s", type(action).__name__, action.key, error.message)
             if want is not None:
-                await self._failed(want, error)
+                await self._failed((want, error))
             return not isinstance(action, Evict)
 
     async def _apply(self, action: Action, wants: Mapping[CacheKey, Want]) -> bool:
@@ -438,23 +519,43 @@ class Reconciler:
         match action:
             case Resolve(key):
                 tally = Tally(wants[key], stage=Stage.RESOLVING)
-                self._run_job(tally, self._fetcher.resolve(tally.want))
+                await self._history.wanted(key)
+                self._run_job(tally, self._fetcher.resolve(tally.want, tally))
             case Fetch(key):
                 ingest = self._known.ingests[key]
                 stage = Stage.VERIFYING if ingest.done else Stage.FETCHING
                 tally = Tally(wants[key], stage=stage, total=ingest.total)
-                self._run_job(tally, self._fetcher.fetch(tally))
+                staged = key in self._known.sealed
+                self._run_job(tally, self._fetcher.fetch(tally, stage=staged))
             case Cancel(key):
                 await self._cancel(key)
             case Withdraw(key):
                 await self._withdraw(key)
-            case Evict(key, size):
-                return await self._evict(key, size)
-            case Abandon(key):
-                await self._removal.abandon(key)
+            case Evict():
+                return await self._evict(action)
+            case Exchange(key):
+                await self._exchange(key)
+            case Abandon(key, size):
+                await self._removal.abandon(key, size)
                 self._known.ingests = await looking(self._store.ingests)
                 self._known.mending.pop(key, None)
         return True
+
+    async def _exchange(self, key: CacheKey) -> None:
+        """The old revision goes as any model goes; then the new one is sealed in its place.
+
+        Killed between the two, the new one is complete, and is proven and sealed at the start.
+        """
+        entry, staged = self._known.entry(key), self._known.staged[key]
+        freed = entry.bytes - sum(size for _, size in entry.shared) if entry is not None else 0
+        if not await self._removal.retire(key, freed):
+            self._spared[key] = self._clock() + _SPARED_SECONDS
+            return
+        del self._known.sealed[key], self._known.staged[key]
+        self._known.mending[key] = Want(ref=staged.ref)  # if the seal fails, it is tried again
+        await self._fetcher.seal(staged)
+        _log.info("%s is now at %s", staged.ref.uri, staged.revision, extra={"key": key})
+        await self._succeeded(key, staged)
 
     async def _cancel(self, key: CacheKey) -> None:
         await self._jobs.cancel(key)
@@ -468,8 +569,10 @@ class Reconciler:
     async def _withdraw(self, key: CacheKey) -> None:
         """Off offer first; then it is a want like any other, with most of its bytes there."""
         found = self._known.sealed[key]
+        await self._publish()  # it is not Ready any more, and why: what follows may be over soon
         await changing(lambda: self._store.reopen(key, found))
-        gone_for_good = key in self._left()
+        gone_for_good = self._known.left(self.policy.retain_seconds).get(key, inf) <= self._clock()
+        await self._history.damaged(key, found.ref.uri, self._known.damaged[key])
         self._known.withdraw(key)
         if gone_for_good:  # nobody wants it whole again: what is left of it is given up next
             del self._known.mending[key]
@@ -478,16 +581,20 @@ class Reconciler:
         self._removal.sweep_soon()  # what had been begun beside it
         self.wake()
 
-    async def _evict(self, key: CacheKey, size: int) -> bool:
-        if not await self._removal.retire(key, size):
+    async def _evict(self, action: Evict) -> bool:
+        key, entry = action.key, self._known.entry(action.key)
+        assert entry is not None  # it was planned a moment ago, and only this loop changes it
+        if not await self._removal.retire(key, action.bytes):
             # The watch has not heard of the pod yet, or the server cannot answer. Tried again at
             # once, that would be a loop of requests. The next candidates wait as well.
             self._spared[key] = self._clock() + _SPARED_SECONDS
             return False
-        self._known.sealed.pop(key)
+        del self._known.sealed[key]
         await self._index.record_gone(key)
-        self._metrics.evictions.inc()
-        self._metrics.evicted_bytes.inc(size)
+        await self._history.evicted(entry, action.why, action.bytes)
+        _log.info("%s is evicted: %s", entry.ref.uri, action.why.value, extra={"key": key})
+        if (answer := self._outcasts.get(key)) is not None:
+            answer.set_result(action.bytes)
         return True
 
     # -- results ------------------------------------------------------------------------------
@@ -497,16 +604,21 @@ class Reconciler:
         ended = self._jobs.take()
         if ended:
             self._known.ingests = await looking(self._store.ingests)
+        failed = []
         for end in ended:
             key = end.want.key
             if end.cancelled:
                 await self._note_a_late_seal(key)
             elif end.error is None:
+                if end.sealed is None:
+                    self._known.listed[key] = end.want.refresh
                 await self._succeeded(key, end.sealed)
             else:
                 if end.bug is not None:
                     _log.error("a job for %s failed", end.want.ref.uri, exc_info=end.bug)
-                await self._failed(end.want, end.error)
+                failed.append((end.want, end.error))
+        if failed:
+            await self._failed(*failed)
 
     async def _note_a_late_seal(self, key: CacheKey) -> None:
         """A job that was cancelled while it sealed has sealed all the same."""
@@ -517,13 +629,44 @@ class Reconciler:
     async def _succeeded(self, key: CacheKey, sealed: Manifest | None) -> None:
         self._list_again.discard(key)
         if sealed is None:  # a listing: the failures in a row end with the seal
+            await self._note_what_has_not_changed(key)
+            return
+        if self._known.sealed.get(key) is not None:
+            self._known.staged[key] = sealed
+            self._known.attempts.pop(key, None)
             return
         now = self._clock()
         self._known.seal(key, sealed, now)
+        self._known.shared[key] = await looking(partial(self._store.shared, key, sealed))
         self._removal.sweep_soon()  # what is left of the ingest
         await self._index.record_seal(sealed.entry(last_used=now))
+        await self._history.sealed(sealed.entry(last_used=now))
+        await self._note_refreshed(key)
 
-    async def _failed(self, want: Want, error: AgentError) -> None:
+    async def _note_what_has_not_changed(self, key: CacheKey) -> None:
+        """Asked again what a sealed model is, the source said: the same."""
+        found, listing = self._known.sealed.get(key), self._known.ingests.get(key)
+        if found is None or listing is None:
+            return
+        if (listing.revision, listing.ref) == (found.revision, found.ref):
+            await self._removal.abandon(key, 0)
+            self._known.ingests.pop(key)
+            await self._note_refreshed(key)
+
+    async def _note_refreshed(self, key: CacheKey) -> None:
+        """The listing that is sealed now was made because of this value; a newer one came later."""
+        token = self._known.listed.pop(key, "")
+        if token not in ("", self._known.refreshed.get(key)):
+            self._known.refreshed[key] = token
+            await self._index.record_refreshed(key, token)
+
+    async def _failed(self, *failures: tuple[Want, AgentError]) -> None:
+        attempts = [self._note_failure(want, error) for want, error in failures]
+        await self._publish()  # now: a pull that comes before the end of this turn forgives it
+        for attempt in attempts:
+            await self._index.record_attempt(attempt)
+
+    def _note_failure(self, want: Want, error: AgentError) -> Attempt:
         key = want.key
         attempt = next_attempt(
             key, self._known.attempts.get(key), error, now=self._clock(), dice=self._dice
@@ -532,8 +675,7 @@ class Reconciler:
         if error.reason in _LIST_AGAIN:
             self._list_again.add(key)
         self._metrics.download_failed(scheme(want), error.reason)
-        await self._publish()  # now: a pull that comes before the end of this turn forgives it
-        await self._index.record_attempt(attempt)
+        return attempt
 
     async def _publish(self) -> None:
         facts, desired = self.facts(), self._known.desired

@@ -64,9 +64,10 @@ class Removal:
         used = await self._in_use_now()
         return used is not None and key not in used
 
-    async def abandon(self, key: CacheKey) -> None:
-        """Give up what was begun and is not sealed."""
+    async def abandon(self, key: CacheKey, size: int) -> None:
+        """Give up what was begun and is not sealed: so many bytes."""
         await changing(lambda: self._store.abandon(key))
+        self.reclaiming += size
         self.sweep_soon()
 
     def sweep_soon(self) -> None:

@@ -3,6 +3,7 @@
     TCP   /metrics /healthz /readyz          read by Prometheus and kubelet
     Unix  GET /v1                                            whether somebody is there
           GET /v1/models, POST /v1/pull, POST /v1/verify     newline-delimited JSON events
+          POST /v1/{why,plan,pin,unpin,evict}
 
 The socket is in a directory of mode 0700: whoever may open it may have the agent download things.
 """
@@ -12,7 +13,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from agent import __version__, layout
+from agent.curator import Verb
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.metrics import Metrics
@@ -83,7 +85,7 @@ def health_app(
     return app
 
 
-def verbs_app(service: Service) -> web.Application:
+def verbs_app(service: Service, curation: Mapping[str, Verb]) -> web.Application:
     """What the operator on the node may ask."""
 
     async def version(_: web.Request) -> web.Response:
@@ -103,7 +105,16 @@ def verbs_app(service: Service) -> web.Application:
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/pull", pull)
     app.router.add_post("/v1/verify", verify)
+    for name, verb in curation.items():
+        app.router.add_post(f"/v1/{name}", _curating(verb))
     return app
+
+
+def _curating(verb: Verb) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await _stream(request, verb(await _body(request)))
+
+    return handler
 
 
 async def _body(request: web.Request) -> dict[str, Any]:

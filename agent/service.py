@@ -62,6 +62,7 @@ class Service:
                 "event": "result",
                 **self._described(entry),
                 "downloaded_bytes": pull.received,
+                "linked_bytes": pull.linked,
                 "seconds": round(time.monotonic() - begun, 3),
                 "result": "downloaded" if result == "miss" else result,
             }

@@ -35,6 +35,8 @@ class Facts:
     attempt: Attempt | None = None
     block: Block | None = None
     started_at: float | None = None
+    floor: int = 0
+    staged: bool = False
 
     @property
     def phase(self) -> Phase | None:
@@ -147,15 +149,21 @@ def rfc3339(seconds: float | None) -> str:
 
 
 def _progress(facts: Facts) -> tuple[int, int]:
-    """Total and done, in bytes; 0 while the listing is not known."""
+    """Total and done, in bytes; while the listing is not known, what the cache says of its size."""
     if facts.job is not None and facts.job.total is not None:
         return facts.job.total, facts.job.done
     if facts.ingest is not None:
         return facts.ingest.total, facts.ingest.done
-    return 0, 0
+    return facts.floor, 0
 
 
 def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
+    if phase is Phase.READY and facts.staged:
+        return "", "a newer revision is here, and takes its place when no pod uses this one"
+    if phase is Phase.PENDING and facts.staged:
+        return "", "it is here, and takes the place of other files when no pod uses them"
+    if phase is Phase.READY and facts.attempt is not None:
+        return facts.attempt.reason.value, f"cannot be refreshed: {facts.attempt.message}"
     if phase is Phase.FAILED and facts.attempt is not None:
         attempt = facts.attempt
         when = rfc3339(attempt.retry_at)

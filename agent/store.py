@@ -6,6 +6,7 @@ is an index, or what time it is. Every method is synchronous and meant for a wor
 owner a volume, held by `lock`.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -27,6 +28,17 @@ from agent.recover import Fix, Found, recover
 from agent.trash import Trash
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
+
+_NO_LINK = frozenset(  # no fault of the disk: the file is brought as if nobody had it
+    {
+        errno.EPERM,
+        errno.EXDEV,
+        errno.EMLINK,
+        errno.ENOENT,  # retired meanwhile
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+    }
+)
 
 DIRECTORIES = (  # of a volume, with their modes
     (layout.MODELS, layout.DIRECTORY_MODE),
@@ -72,6 +84,11 @@ class Store:
             self._files.make_directory(self.root / name, mode)
         self._files.sync_directory(self.root / layout.HIDDEN)
         self._files.sync_directory(self.root)
+
+    def _mend_directories(self) -> None:
+        """Somebody may remove one under us: that must not fail every seal until a restart."""
+        if not all((self.root / name).is_dir() for name, _ in DIRECTORIES):
+            self._make_directories()
 
     def check(self) -> None:
         """Raises DiskMissing when the directory is no longer the volume that was opened."""
@@ -120,14 +137,30 @@ class Store:
         return [found.entry(last_used=used) for _, found, used in self.manifests()]
 
     def damage(self, key: CacheKey, found: Manifest) -> list[str]:
-        """The paths of a sealed model that are missing, of another size or not regular files.
+        """The paths of a sealed model that are missing, of another size, not regular files, or
+        written after the seal.
 
         The manifest's own path is among them if it is gone: without it nobody knows of the offer.
-        A look at the names only, cheap enough for every minute; wrong bytes of the right size are
-        found by hashing.
+        A look at the names only, cheap enough for every minute; bytes that went bad by themselves
+        are found by hashing.
         """
-        wrong = trees.not_whole(self.model(key), found)
-        return wrong if self._note(layout.manifest(key), key) else [layout.manifest(key), *wrong]
+        model = self.model(key)
+        wrong = dict.fromkeys([*trees.not_whole(model, found), *trees.written_to(model, found)])
+        return [*wrong] if self._note(layout.manifest(key), key) else [layout.manifest(key), *wrong]
+
+    def shared(self, key: CacheKey, found: Manifest) -> frozenset[tuple[int, int]]:
+        """Inode and size in bytes of the files of a sealed model that have another name elsewhere:
+        in a second model, an ingest, the trash. Evicting this one does not give those bytes back.
+        """
+        return trees.shared(self.model(key), found)
+
+    def copies(self) -> dict[tuple[str, int], list[tuple[CacheKey, str]]]:
+        """Where sealed models have a file, as model and path in it, by its SHA-256 and size."""
+        copies: dict[tuple[str, int], list[tuple[CacheKey, str]]] = {}
+        for key, found, _ in self.manifests():
+            for file in found.files:
+                copies.setdefault((file.sha256, file.size), []).append((key, file.path))
+        return copies
 
     def ingests(self) -> dict[CacheKey, Ingest]:
         """What was begun and is not sealed, with how much of it is there."""
@@ -195,9 +228,7 @@ class Store:
         layout.check_paths(file.path for file in listing.files)
         key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
-            if not all((self.root / name).is_dir() for name, _ in DIRECTORIES):
-                # Somebody removed one under us: that must not fail every seal until a restart.
-                self._make_directories()
+            self._mend_directories()
             self._settle(key)
             _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
             previous = self.listing(key)
@@ -254,8 +285,29 @@ class Store:
         with disk_errors(f"keep {path}"):
             self._files.rename(self.partial(key) / path, self.tree(key) / path)
 
+    def link(self, key: CacheKey, path: str, source: Path) -> bool:
+        """Give a file of a sealed model a second name, in the tree of an ingest.
+
+        False where that cannot be and it is to be fetched. What had arrived of it goes: it is not
+        needed any more. Like that of `promote`, the name is durable with the seal.
+        """
+        with disk_errors(f"link {path}"):
+            if not trees.is_reached(self.root / layout.MODELS, source):
+                return False
+            try:
+                self._files.link(source, self.tree(key) / path)
+            except OSError as error:
+                if error.errno in _NO_LINK:
+                    return False
+                raise
+            self._files.unlink(self.partial(key) / path)
+            return True
+
     def discard(self, key: CacheKey, path: str) -> None:
-        """A file of the tree turned out wrong: it is fetched again, from nothing."""
+        """A file of the tree turned out wrong: it is fetched again, from nothing.
+
+        Other models that share it keep theirs.
+        """
         with disk_errors(f"discard {path}"):
             self._files.unlink(self.tree(key) / path)
 
@@ -302,7 +354,8 @@ class Store:
         """A model holds exactly the upstream files, whatever was done to its directory.
 
         Modes too: an fsGroup makes what kubelet finds writable, and a killed mkdir leaves the
-        umask's.
+        umask's. And times: what is later than the seal counts as written to (`damage`), and a clock
+        that was set back must not make that of every file.
         """
         self._keep_only(tree, {file.path for file in sealed.files})
         if wrong := trees.not_whole(tree, sealed):
@@ -312,6 +365,7 @@ class Store:
             )
         for file in sealed.files:
             self._files.set_mode(tree / file.path, layout.FILE_MODE)
+            self._files.backdate(tree / file.path, sealed.sealed_at)
         for directory in trees.directories_below(tree):
             self._files.set_mode(directory, layout.DIRECTORY_MODE)
 
@@ -328,6 +382,7 @@ class Store:
         goes on seeing it, and sees the mended file when it takes its name.
         """
         with disk_errors(f"withdraw {key}"):
+            self._mend_directories()
             found = self._note(layout.manifest(key), key)
             if found is not None or known is not None:
                 # What was begun beside it, of another revision, has no place of its own. It goes

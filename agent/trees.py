@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import disk_errors
+from agent.files import disk_errors, seconds_of
 from agent.manifest import Manifest
 
 
@@ -44,6 +44,12 @@ def is_file(path: Path, size: int) -> bool:
     except OSError:
         return False
     return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+
+def is_reached(root: Path, path: Path) -> bool:
+    """Whether only real directories lead from the root to a path below it."""
+    between = [parent for parent in path.parents if parent.is_relative_to(root)]
+    return bool(between) and all(is_directory(parent) for parent in between)
 
 
 def parents(paths: Iterable[str]) -> list[str]:
@@ -85,3 +91,22 @@ def not_whole(root: Path, found: Manifest) -> list[str]:
         for file in found.files
         if file.path.rpartition("/")[0] not in real or not is_file(root / file.path, file.size)
     ]
+
+
+def written_to(root: Path, found: Manifest) -> list[str]:
+    """The paths of files whose time says that somebody wrote into them after the seal."""
+    return [path for path, file in _files(root, found) if seconds_of(file) > found.sealed_at]
+
+
+def shared(root: Path, found: Manifest) -> frozenset[tuple[int, int]]:
+    """Inode and size of the files that have another name elsewhere."""
+    return frozenset(
+        (file.st_ino, file.st_size) for _, file in _files(root, found) if file.st_nlink > 1
+    )
+
+
+def _files(root: Path, found: Manifest) -> Iterator[tuple[str, os.stat_result]]:
+    """The files of a manifest that are there, in its order."""
+    for file in found.files:
+        with suppress(OSError):
+            yield file.path, (root / file.path).lstat()

@@ -14,12 +14,15 @@ def keys_of(
     """The models that a pod uses. One that mounts the whole cache may read any of them.
 
     A claim on the cache of a group is named `<model>-<group>` by KServe and `localmodel-<group>` by
-    us. The models are not compared: one that has left the spec is in use all the same.
+    us. The models are not compared: one that has left the spec is in use all the same. A group that
+    has gone leaves its pods, and by its name nobody knows it any more: so whoever mounts a claim
+    in the way of KServe's pods uses all of it, whatever the claim is called.
     """
     if pod.finished or pod.role in (PodRole.AGENT, PodRole.KSERVE_AGENT):
         return frozenset()
     ends = tuple(f"-{group}" for group in groups)
-    keys, whole = set(pod.keys), any(claim.endswith(ends) for claim in pod.claims)
+    keys = set(pod.keys)
+    whole = pod.served_by_kserve or any(claim.endswith(ends) for claim in pod.claims)
     root = served.rstrip("/")
     for path in pod.directories:
         if path in (root, f"{root}/{layout.MODELS}"):

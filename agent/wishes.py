@@ -3,8 +3,8 @@
 Both deliverers of desired state end here: a directory of YAML, and a cluster's LocalModelNode.
 """
 
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from agent.errors import AgentError, Reason
 from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
@@ -34,11 +34,14 @@ class Desired:
     errors: tuple[SpecError, ...] = ()
     spoken_for: frozenset[CacheKey] = frozenset()
     complete: bool = True
-    owner: str = ""
-    """The identity of the object that says it all: what another one asked for has not left this."""
+    group_limits: Mapping[str, int] = field(default_factory=dict)
+    """What the models of a node group may take of this volume, in bytes."""
+    owner: str | None = ""
+    """The identity of the object that says it all: what another one asked for has not left this.
+    None where there is no desired state at all, only commands."""
 
 
-NOTHING = Desired(wants={}, names={})
+NOTHING = Desired(wants={}, names={}, owner=None)
 
 
 def join(caches: Iterable[tuple[str, Cache]], errors: Iterable[SpecError] = ()) -> Desired:
@@ -66,14 +69,16 @@ def of_node(
     groups: Mapping[str, Group],
     *,
     unconfirmed: Container[str] = (),
+    check: Callable[[str], object],
     served: str,
 ) -> Desired:
     """What a LocalModelNode asks of its node; None where there is no such object.
 
     `caches` are by namespace ("" for a cluster cache) and name; an entry whose cache is gone is
     served as the entry says, once it is sure that it is gone: until then its status name is in
-    `unconfirmed`, because its annotations may say which bytes are wanted. `served` is our cache's
-    directory on the node.
+    `unconfirmed`, because its annotations may say which bytes are wanted. `check` raises for a URI
+    that no source knows: such an entry is refused here, once, and costs no job and no retries.
+    `served` is our cache's directory on the node.
     """
     if node is None:
         return Desired(wants={}, names={}, complete=False)
@@ -87,8 +92,10 @@ def of_node(
             continue
         try:
             _check_source(entry.uri)
+            check(entry.uri)
             _check_path(groups.get(entry.group), served)
-            asked = want(entry.uri, entry.name, meta.annotations if meta else {})
+            notes = meta.annotations if meta else {}
+            asked = want(entry.uri, entry.name, notes, group=entry.group)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
@@ -98,7 +105,11 @@ def of_node(
     desired = join((("", cache) for *_, cache in oldest_first), errors)
     # An entry that cannot be read may name any model.
     return replace(
-        desired, spoken_for=frozenset(refused), complete=not node.refused, owner=node.uid
+        desired,
+        spoken_for=frozenset(refused),
+        complete=not node.refused,
+        owner=node.uid,
+        group_limits={name: group.limit for name, group in groups.items() if group.limit},
     )
 
 

@@ -3,6 +3,8 @@
     command      the parser, and which function a verb is
     session      the verbs' way to a volume: a running agent's socket, or the disk itself
     verbs        pull, ls, show, verify: events in, text and exit code out
+    housekeeping plan, why, pin, unpin, evict
+    doctor       what this machine has, and lacks
     render       sizes, times, tables; rich where a human looks, plain text where not
     kubectl      the same verbs through `kubectl exec`
 

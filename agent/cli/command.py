@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent import __version__
-from agent.cli import verbs
+from agent.cli import housekeeping, verbs
+from agent.cli.doctor import doctor
 from agent.config import Settings, add_flags, read, unify_ca_variables
 from agent.errors import AgentError, Reason
 from agent.events import error_event
@@ -84,7 +85,8 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
         metavar="sha256:HEX",
         help="publish only exactly these bytes (as `localmodel show` tells)",
     )
-    add_flags(pull, "connections", "max_rate", "stall_seconds", "high", "low")
+    limits = ("high", "low", "limit", "min_age", "retain")
+    add_flags(pull, "connections", "max_rate", "stall_seconds", *limits)
 
     _verb(commands, "ls", "the models here", verbs.ls)
 
@@ -97,6 +99,25 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     verify.add_argument(
         "--repair", action="store_true", help="fetch the bad files again, and only those"
     )
+    plan = _verb(commands, "plan", "would it fit, and what would go for it", housekeeping.plan)
+    plan.add_argument("model", metavar="URI|SIZE", help="a URI, or a size as 140Gi")
+    add_flags(plan, *limits)
+
+    why = _verb(commands, "why", "why a model is here, or not", housekeeping.why)
+    why.add_argument("model", help=_MODEL)
+
+    for name, text, verb in (
+        ("pin", "keep a model, whatever room is needed", housekeeping.pin),
+        ("unpin", "keep it no longer than others", housekeeping.unpin),
+    ):
+        _verb(commands, name, text, verb).add_argument("model", help=_MODEL)
+
+    evict = _verb(commands, "evict", "take models away that nothing keeps", housekeeping.evict)
+    evict.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
+    evict.add_argument("--dry-run", action="store_true", help="say what would go, and free")
+
+    found = _verb(commands, "doctor", "what this machine has, and lacks, for a cache", doctor)
+    add_flags(found, "require_dedicated", "high", "low", "limit")
     return top
 
 

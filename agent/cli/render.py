@@ -1,5 +1,6 @@
 """Numbers, tables and progress, as people read them. Nothing here decides anything."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
 
 
 def error_text(event: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import layout
 from agent.config import Settings
@@ -14,6 +14,9 @@ from agent.events import Event, error_event, select, verified_event
 from agent.model import CacheKey, Ingest
 from agent.status import Facts, model_status
 from agent.store import Store
+
+if TYPE_CHECKING:
+    from agent.app import Cache
 
 _ALIVE_SECONDS = 10.0
 """An agent that is only busy answers in milliseconds; one that is stopped never does."""
@@ -30,6 +33,7 @@ class Session(Reader, Protocol):
     """What a verb that changes something needs."""
 
     def pull(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
+    def curate(self, verb: str, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +59,7 @@ async def changing(settings: Settings) -> AsyncIterator[Session]:
 
         cache = await stack.enter_async_context(open_cache(settings))
         await stack.enter_async_context(turning(cache, NOTHING))
-        yield cache.service
+        yield _Local(cache)
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +83,19 @@ async def _agent(settings: Settings) -> AsyncIterator["_Remote | None"]:
     finally:
         if directory is not None:
             os.close(directory)
+
+
+class _Local:
+    """The verbs of this very process."""
+
+    def __init__(self, cache: "Cache") -> None:
+        self._curator = cache.curator
+        self.models = cache.service.models
+        self.pull = cache.service.pull
+        self.verify = cache.service.verify
+
+    def curate(self, verb: str, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        return self._curator.verbs[verb](request)
 
 
 class _Remote:
@@ -110,6 +127,9 @@ class _Remote:
 
     def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
         return self._events("POST", "verify", request)
+
+    def curate(self, verb: str, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        return self._events("POST", verb, request)
 
     async def _events(
         self, method: str, verb: str, body: dict[str, Any] | None

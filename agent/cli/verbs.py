@@ -1,13 +1,12 @@
 """pull, ls, show, verify: events in, text and an exit code out."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from agent.cli.render import bar, error_text, size, table
+from agent.cli.render import bar, error_text, print_json, size, table
 from agent.cli.session import changing, reading
 from agent.config import Settings
 from agent.errors import Reason
@@ -58,11 +57,13 @@ def _pulled(event: Event, arguments: argparse.Namespace) -> int:
     if event["event"] == "error":
         return failed(event, arguments)
     if arguments.output == "json":
-        _print_json({name: value for name, value in event.items() if name != "event"})
+        print_json({name: value for name, value in event.items() if name != "event"})
         return 0
     seconds, received = event["seconds"], event["downloaded_bytes"]
     rate = f", {size(int(received / seconds))}/s" if received and seconds else ""
     how = f"{size(received)} in {seconds:.1f} s{rate}" if received else f"{seconds:.1f} s"
+    if event["linked_bytes"]:
+        how += f"; {size(event['linked_bytes'])} were here already"
     print(f"{event['result']}  {event['uri']}  ({how})")
     print(f"{event['files']} files, {size(event['bytes'])}, {event['fingerprint']}")
     print(event["path"])
@@ -72,7 +73,7 @@ def _pulled(event: Event, arguments: argparse.Namespace) -> int:
 async def ls(settings: Settings, arguments: argparse.Namespace) -> int:
     models = await _models(settings)
     if arguments.output == "json":
-        _print_json([{name: model[name] for name in _LISTED} for model in models])
+        print_json([{name: model[name] for name in _LISTED} for model in models])
         return 0
     rows = [
         (
@@ -121,7 +122,7 @@ async def show(settings: Settings, arguments: argparse.Namespace) -> int:
         for file in (found.files if found else ())
     ]
     if arguments.output == "json":
-        _print_json(
+        print_json(
             {
                 **model,
                 "include": list(found.ref.include) if found else [],
@@ -161,7 +162,7 @@ async def verify(settings: Settings, arguments: argparse.Namespace) -> int:
                 if arguments.output == "table":
                     _print_verified(event)
     if arguments.output == "json":
-        _print_json([_without_empty(event) for event in events])
+        print_json([_without_empty(event) for event in events])
     codes = [exit_code(event) for event in events if event["event"] == "error"]
     bad = any(event.get("bad") for event in events)
     return max(codes, default=int(bad))
@@ -186,10 +187,6 @@ def _without_empty(event: Event) -> Event:
 def failed(event: Mapping[str, Any], arguments: argparse.Namespace) -> int:
     """Print an `error` event; the exit code."""
     if getattr(arguments, "output", "table") == "json":  # the agent has no such flag
-        _print_json({name: value for name, value in event.items() if name != "event"})
+        print_json({name: value for name, value in event.items() if name != "event"})
     print(error_text(event), file=sys.stderr)
     return exit_code(event)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))

@@ -1,7 +1,8 @@
 """Requests to the Kubernetes API: JSON in, JSON out, every failure an AgentError.
 
-Nothing here knows a kind or a field beyond `Status`; nothing is retried here but a token that has
-been rotated. Who asks decides what a failure means to it.
+Nothing here knows a kind, or a field beyond `Status` and what every object has; nothing is retried
+here but a token that has been rotated. Who asks decides what a failure means to it. An answer that
+is not what was asked for (a gateway's 200 with `{}`, say) is a failure like any other.
 """
 
 import asyncio
@@ -27,10 +28,16 @@ Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
 _METADATA = "application/json;as={kind};g=meta.k8s.io;v=v1,application/json"
 
+_NO_JSON = (ValueError, RecursionError)  # the second: a hundred thousand brackets
+
 _REQUEST_SECONDS = 15.0
 _SILENCE_SECONDS = 150.0
 """The server sends a bookmark a minute: a watch that is silent for longer has lost its server
 without a word (a node pulled out of the network sends no RST)."""
+
+_RETRY_AFTER_SECONDS = 60.0
+"""The most that a server may ask for. It asks for seconds; a day is somebody else's answer, and
+would make us deaf for a day."""
 
 
 class ApiError(AgentError):
@@ -81,26 +88,36 @@ class Api:
 
     # -- requests -----------------------------------------------------------------------------
 
-    async def get(
+    async def get(self, path: str) -> Json:
+        """One object."""
+        return _object("GET", path, await self._request("GET", path))
+
+    async def list(
         self, path: str, params: Mapping[str, str] | None = None, *, metadata: str = ""
     ) -> Json:
-        """`metadata` names the kind to be reduced to: PartialObjectMetadata(List)."""
-        return await self._request("GET", path, params=params, headers=_accept(metadata))
+        """One page of a collection. `metadata` names the kind that its objects are reduced to."""
+        page = await self._request("GET", path, params=params, headers=_accept(metadata))
+        if not _is_list(page):
+            raise ApiError(0, f"GET {path}: the answer is no list of objects")
+        return page
 
     async def create(self, path: str, body: Json) -> Json:
-        return await self._request("POST", path, body=body)
+        return _object("POST", path, await self._request("POST", path, body=body))
 
     async def replace(self, path: str, body: Json) -> Json:
-        return await self._request("PUT", path, body=body)
+        return _object("PUT", path, await self._request("PUT", path, body=body))
 
     async def patch(self, path: str, body: Json) -> Json:
         """A JSON merge patch (RFC 7396): a null removes."""
-        return await self._request("PATCH", path, body=body, headers={"Content-Type": MERGE_PATCH})
+        headers = {"Content-Type": MERGE_PATCH}
+        answer = await self._request("PATCH", path, body=body, headers=headers)
+        return _object("PATCH", path, answer)
 
     async def watch(
         self, path: str, params: Mapping[str, str], *, metadata: str = ""
     ) -> AsyncGenerator[Json, None]:
-        """The events of one watch, until the server ends it. The first item is {}: it is open."""
+        """The events of one watch, until the server ends it. The first item, and no other, is {}:
+        it is open."""
         timeout = aiohttp.ClientTimeout(total=None, connect=_REQUEST_SECONDS, sock_read=None)
         headers = _accept(metadata)
         try:
@@ -119,8 +136,11 @@ class Api:
                     return
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    yield json.loads(line)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                    event = json.loads(line)
+                    if not event or not isinstance(event, dict):
+                        raise ValueError(f"{line[:80]!r} is no event")
+                    yield event
+        except (aiohttp.ClientError, OSError, TimeoutError, *_NO_JSON) as error:
             raise ApiError(0, f"the watch of {path} broke: {_named(error)}") from error
         finally:
             response.close()
@@ -138,7 +158,7 @@ class Api:
         response = await self._send(method, path, params, headers, body, timeout)
         try:
             found = json.loads(await response.read())
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, *_NO_JSON) as error:
             raise ApiError(0, f"{method} {path}: {_named(error)}") from error
         finally:
             response.release()
@@ -202,6 +222,37 @@ class Api:
         return response
 
 
+def _object(method: str, path: str, found: Json) -> Json:
+    spec = found.get("spec")
+    if not _is_named(found) or not _version(found) or not isinstance(spec, dict | None):
+        raise ApiError(0, f"{method} {path}: the answer is no object")
+    return found
+
+
+def _is_list(page: Json) -> bool:
+    """What is no list is not an empty one: a gateway's `{}` does not say that no model is used."""
+    items = page.get("items", "")
+    items = [] if items is None else items  # Go's empty slice, of metadata only
+    return (
+        isinstance(page.get("metadata"), dict)
+        and bool(_version(page))
+        and isinstance(items, list)
+        and all(map(_is_named, items))
+    )
+
+
+def _is_named(raw: Any) -> bool:
+    metadata = raw.get("metadata") if isinstance(raw, dict) else None
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return isinstance(name, str) and name != ""
+
+
+def _version(raw: Json) -> str:
+    """Where a watch goes on, and what a replacement is compared with; "" for none."""
+    version = raw["metadata"].get("resourceVersion")
+    return version if isinstance(version, str) else ""
+
+
 def _accept(metadata: str) -> dict[str, str]:
     return {"Accept": _METADATA.format(kind=metadata) if metadata else "application/json"}
 
@@ -216,7 +267,7 @@ async def _refusal(method: str, path: str, response: aiohttp.ClientResponse) -> 
         response.release()
     try:
         said = json.loads(raw).get("message") or ""
-    except (ValueError, AttributeError):
+    except (*_NO_JSON, AttributeError):
         said = raw[:200].decode(errors="replace")
     message = f"{method} {path}: {response.status} {said}".strip()
     return ApiError(response.status, message[:1000], retry_after=_retry_after(response))
@@ -224,7 +275,9 @@ async def _refusal(method: str, path: str, response: aiohttp.ClientResponse) -> 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() and len(text) < 6 else None
+    if not text.isdecimal():  # a date is for caches; no API server sends one
+        return None
+    return min(float(text[:9]), _RETRY_AFTER_SECONDS)
 
 
 def _named(error: BaseException) -> str:

@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 DURATION_SECONDS = 120
 _RENEW_SECONDS = 40.0
 _RETRY_SECONDS = 5.0
+_CONFLICT_SECONDS = 0.1
+_LONGEST_SECONDS = 30.0  # whatever the server asks for: it must be renewed before it has ended
 
 
 class Lease:
@@ -47,6 +49,7 @@ class Lease:
         self._clock = clock
         self._ticks = ticks
         self._object: Json | None = None
+        self._conflicts = 0
         self._seen: tuple[object, float] = (None, 0.0)
         self.answered = asyncio.Event()
         """Set when the server has said for the first time whose it is."""
@@ -70,23 +73,27 @@ class Lease:
                 await self._turn()
                 delay = _RENEW_SECONDS if self._refusal is None else _RETRY_SECONDS
                 self.answered.set()
-                self.failure = ""
+                self.failure, self._conflicts = "", 0
             except ApiError as error:
                 if self.failure != error.message:
                     _log.warning("%s", error.message)
                 self.failure = error.message
                 self._object = None  # somebody was quicker, or it is gone: look again
-                delay = max(_RETRY_SECONDS, error.retry_after_seconds or 0.0)
-                if error.status == 409:
-                    delay = 0.1
+                delay = self._delay(error)
             self._changed()
             await asyncio.sleep(delay)
+
+    def _delay(self, error: ApiError) -> float:
+        self._conflicts = self._conflicts + 1 if error.status == 409 else 0
+        if self._conflicts == 1:  # one is somebody who was quicker; a second one in a row is odd
+            return _CONFLICT_SECONDS
+        return max(_RETRY_SECONDS, min(_LONGEST_SECONDS, error.retry_after_seconds or 0.0))
 
     async def release(self) -> None:
         """Give it up, so that the next agent need not wait for its end."""
         if self._object is None or self._refusal is not None or not self.answered.is_set():
             return
-        spec = {**self._object["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
+        spec = {**_spec(self._object), "holderIdentity": "", "leaseDurationSeconds": 1}
         try:
             await self._api.replace(f"{self._list}/{self._name}", {**self._object, "spec": spec})
         except ApiError as error:
@@ -99,17 +106,15 @@ class Lease:
             except ApiError as error:
                 if error.status != 404:
                     raise
-                self._object = await self._api.create(self._list, self._body({}))
-                self._held()
+                self._held(await self._api.create(self._list, self._body({})))
                 return
-        holder = (self._object.get("spec") or {}).get("holderIdentity") or ""
+        holder = _spec(self._object).get("holderIdentity") or ""
         if holder not in ("", self._holder) and not self._has_ended(holder):
             self._refused(holder)
             self._object = None  # look again
             return
         body = self._body(self._object)
-        self._object = await self._api.replace(f"{self._list}/{self._name}", body)
-        self._held()
+        self._held(await self._api.replace(f"{self._list}/{self._name}", body))
 
     def _has_ended(self, holder: str) -> bool:
         """Whether another holder's Lease is over.
@@ -117,14 +122,18 @@ class Lease:
         By our own clock since we saw its last renewal, as client-go does: two nodes' clocks differ.
         """
         assert self._object is not None
-        spec = self._object["spec"]
+        spec = _spec(self._object)
         stamp = (holder, spec.get("renewTime"), self._object["metadata"].get("resourceVersion"))
         if self._seen[0] != stamp:
             self._seen = (stamp, self._ticks())
-        lasts = float(spec.get("leaseDurationSeconds") or DURATION_SECONDS)
+        lasts = spec.get("leaseDurationSeconds") or DURATION_SECONDS
         return self._gone(holder) or self._ticks() - self._seen[1] > lasts
 
-    def _held(self) -> None:
+    def _held(self, answer: Json) -> None:
+        """By what the server has now, and not by what it was sent."""
+        if _spec(answer).get("holderIdentity") != self._holder:
+            raise ApiError(0, f"the lease {self._name} was written, and does not name us")
+        self._object = answer
         if self._refusal is not None:
             _log.info("holds the lease of the node again")
         self._refusal = None
@@ -136,7 +145,7 @@ class Lease:
         self._refusal = AgentError(Reason.OTHER_AGENT, message)
 
     def _body(self, before: Json) -> Json:
-        spec = before.get("spec") or {}
+        spec = _spec(before)
         now = datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         ours = spec.get("holderIdentity") == self._holder
         return {
@@ -152,3 +161,12 @@ class Lease:
                 "leaseTransitions": (spec.get("leaseTransitions") or 0) + (bool(spec) and not ours),
             },
         }
+
+
+def _spec(lease: Json) -> Json:
+    """What a Lease says, as far as it is of the kind that it must be: every field is optional."""
+    kinds = {"holderIdentity": str, "leaseDurationSeconds": int, "leaseTransitions": int}
+    spec: Json = lease.get("spec") or {}
+    return {
+        name: value for name, value in spec.items() if isinstance(value, kinds.get(name, object))
+    }

@@ -4,7 +4,7 @@ KServe's controller reads `modelStatus` alone. Everything else is for people, an
 API server that has KServe's own CRD; nothing depends on it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from agent.errors import AgentError, Reason
@@ -34,6 +34,12 @@ _DOWNLOADING = KSERVE_STATUS[Phase.FETCHING]
 
 _MOVING = frozenset({"downloadedBytes", "lastUsed", "message"})
 """What changes all the time, of a model; of a node, `disk` and the counts of pods."""
+
+_TEXT_CHARACTERS = 1000
+"""Of a message or a URI: a single hostile one could be more than etcd takes of an object."""
+
+Field = tuple[str | None, ...]
+"""Where something is in a status; None for any model's name."""
 
 
 def compose(
@@ -106,6 +112,48 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return patch
 
 
+def lost(patch: Mapping[str, Any], status: Mapping[str, Any], at: Field = ()) -> set[Field]:
+    """The fields of a patch that a status has otherwise, though it was made by that very patch: the
+    server's kind does not know them, or somebody on the way changes them."""
+    found: set[Field] = set()
+    for name, value in patch.items():
+        here, have = (*at, name), status.get(name)
+        if isinstance(value, Mapping) and isinstance(have, Mapping):
+            found |= lost(value, have, here)
+        elif value != have:
+            found.add(_of_any_model(here))
+    return found
+
+
+def without(patch: Mapping[str, Any], fields: Container[Field], at: Field = ()) -> dict[str, Any]:
+    """A patch that leaves these fields as they are."""
+    kept: dict[str, Any] = {}
+    for name, value in patch.items():
+        here = (*at, name)
+        if _of_any_model(here) in fields:
+            continue
+        if isinstance(value, Mapping) and value:
+            value = without(value, fields, here)
+            if not value:
+                continue
+        kept[name] = value
+    return kept
+
+
+def _of_any_model(field: Field) -> Field:
+    """What one model cannot have, none can."""
+    return (field[0], None, *field[2:]) if len(field) > 2 and field[0] == "models" else field
+
+
+def no_more_downloaded(before: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
+    """The entries of which `before` said that they are on offer, and `now` that they are not."""
+    return {
+        name
+        for name, word in now.items()
+        if word != _DOWNLOADED and before.get(name) == _DOWNLOADED
+    }
+
+
 def urgent(patch: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether a patch says more than how far things are.
 
@@ -141,10 +189,17 @@ def _word(body: Body | None, obstacle: AgentError | None) -> str:
 
 def _model(body: Body | None, obstacle: AgentError | None) -> dict[str, Any]:
     if body is None or obstacle is not None:
-        reason = {"reason": obstacle.reason.value, "message": obstacle.message} if obstacle else {}
-        return {"state": Phase.PENDING.value, **reason}
+        if obstacle is None:
+            return {"state": Phase.PENDING.value}
+        message = obstacle.message[:_TEXT_CHARACTERS]
+        reason = obstacle.reason.value
+        return {"state": Phase.PENDING.value, "reason": reason, "message": message}
     found = {name: body[name] for name in _MODEL_FIELDS if name in body}
-    return {**found, "source": body["uri"]} if "uri" in body else found
+    if "uri" in body:
+        found["source"] = body["uri"]
+    for name in found.keys() & {"message", "source"}:
+        found[name] = found[name][:_TEXT_CHARACTERS]
+    return found
 
 
 def _ready(ready: int, total: int, obstacle: AgentError | None) -> tuple[bool, str, str]:

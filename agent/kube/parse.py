@@ -3,7 +3,7 @@
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -11,6 +11,7 @@ from agent import layout
 from agent.errors import AgentError, Reason
 from agent.layout import is_one_line
 from agent.model import CacheKey, ModelRef, Want
+from agent.quantities import parse_duration, parse_size
 
 GROUP = "serving.kserve.io"
 VERSION = "v1alpha1"
@@ -24,6 +25,7 @@ KEYS = f"{ANNOTATIONS}/keys"
 AGENT_LABEL = ("app.kubernetes.io/name", "localmodel-agent")
 
 _KSERVE_AGENT = "kserve-localmodelnode-agent"
+_KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
 _KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
 
 
@@ -72,10 +74,12 @@ class NodeObject:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """A LocalModelNodeGroup. `path` is the directory of its volume on a node, "" for a volume that
-    has none (NFS, CSI)."""
+    has none (NFS, CSI); `limit` what its models may take on each node, in bytes, None for a size
+    that nobody can read."""
 
     name: str
     path: str
+    limit: int | None = None
 
 
 class PodRole(StrEnum):
@@ -92,8 +96,8 @@ class Pod:
     """A pod of the node, as far as the cache cares.
 
     `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
-    model; `directories` are those of the node that it mounts; `host_paths` lead there from the path
-    in its first container.
+    model, and `served_by_kserve` says that it does so as KServe's pods do; `directories` are those
+    of the node that it mounts; `host_paths` lead there from the path in its first container.
     """
 
     uid: str
@@ -103,6 +107,7 @@ class Pod:
     finished: bool
     keys: frozenset[CacheKey]
     claims: frozenset[str]
+    served_by_kserve: bool
     directories: frozenset[str]
     host_paths: Mapping[str, str]
 
@@ -123,12 +128,19 @@ def cache(raw: Any) -> Cache:
         )
     spec = _mapping(raw, "spec")
     uri = _uri(spec, "spec.sourceModelUri")
-    return Cache(name=name, want=want(uri, name, _annotations(metadata)))
+    asked = want(uri, name, _annotations(metadata))
+    return Cache(name=name, want=replace(asked, floor=_size(spec.get("modelSize")) or 0))
 
 
-def want(uri: str, name: str, annotations: Mapping[str, str]) -> Want:
+def want(uri: str, name: str, annotations: Mapping[str, str], *, group: str = "") -> Want:
     """What a cache asks for. Raises InvalidSpec naming the annotation."""
     notes = _ours(annotations)
+    on_demand = _one_of(notes, "policy", "eager", "on-demand") == "on-demand"
+    if "ttl" in notes and not on_demand:
+        raise _invalid(
+            f"the annotation {ANNOTATIONS}/ttl needs {ANNOTATIONS}/policy: on-demand; an eager"
+            " model is always here"
+        )
     ref = ModelRef(
         uri=uri,
         include=patterns(notes.get("include", "")),
@@ -139,6 +151,12 @@ def want(uri: str, name: str, annotations: Mapping[str, str]) -> Want:
         names=frozenset({name}),
         priority=_integer(notes, "priority"),
         expect_fingerprint=fingerprint(notes.get("expect-fingerprint")),
+        on_demand=on_demand,
+        pinned=_one_of(notes, "pin", "false", "true") == "true",
+        ttl_seconds=_seconds(notes, "ttl"),
+        retain_seconds=_seconds(notes, "retain"),
+        groups=frozenset({group} if group else ()),
+        refresh=notes.get("refresh", ""),
     )
 
 
@@ -190,7 +208,11 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
 def group(raw: Mapping[str, Any]) -> Group:
     volume = (raw.get("spec") or {}).get("persistentVolumeSpec") or {}
     source = volume.get("local") or volume.get("hostPath") or {}
-    return Group(name=_text(_mapping(raw, "metadata"), "name"), path=_text(source, "path"))
+    return Group(
+        name=_text(_mapping(raw, "metadata"), "name"),
+        path=_text(source, "path"),
+        limit=_size((raw.get("spec") or {}).get("storageLimit")),
+    )
 
 
 def pod(raw: Mapping[str, Any]) -> Pod:
@@ -198,7 +220,8 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     labels = metadata.get("labels") or {}
     volumes = {volume["name"]: volume for volume in spec.get("volumes") or []}
     keys: set[CacheKey] = set()
-    claims: set[str] = set()
+    claims: set[str] = set()  # mounted whole
+    sources: set[str] = set()  # the volumes of these
     directories: set[str] = set()
     host_paths: dict[str, str] = {}
     for container in _containers(spec):
@@ -215,6 +238,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
                 keys.add(key)
             elif part in (".", layout.MODELS):
                 claims.add(_text(claim, "claimName"))
+                sources.add(_text(volume, "name"))
     relied = (metadata.get("annotations") or {}).get(KEYS)
     if relied is not None:  # the hook says which models of the whole claim it meant
         named = [key.strip() for key in relied.split(",")]
@@ -229,6 +253,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
         keys=frozenset(keys),
         claims=frozenset(claims),
+        served_by_kserve=bool(claims) and (_KSERVE_CLAIM in sources or _KSERVE_LABEL in labels),
         directories=frozenset(directories),
         host_paths=host_paths,
     )
@@ -335,6 +360,32 @@ def _ours(annotations: Mapping[str, Any]) -> dict[str, str]:
                 raise _invalid(f"the annotation {key} must be a string: quote its value")
             result[key.removeprefix(prefix)] = value
     return result
+
+
+def _one_of(notes: Mapping[str, str], name: str, *known: str) -> str:
+    """The first is the default."""
+    found = notes.get(name, known[0])
+    if found not in known:
+        raise _invalid(f"the annotation {ANNOTATIONS}/{name} is not {' or '.join(known)}")
+    return found
+
+
+def _seconds(notes: Mapping[str, str], name: str) -> float | None:
+    if name not in notes:
+        return None
+    try:
+        return parse_duration(notes[name])
+    except ValueError as error:
+        raise _invalid(f"the annotation {ANNOTATIONS}/{name}: {error}") from error
+
+
+def _size(value: Any) -> int | None:
+    """Bytes of a quantity; None for none, 0, or one that nobody can read: KServe itself reads
+    neither `modelSize` nor `storageLimit` (kserve.md 1), so a cache must not fail for them."""
+    try:
+        return parse_size(str(value)) or None
+    except ValueError:
+        return None
 
 
 def _integer(notes: Mapping[str, str], name: str) -> int:

@@ -8,6 +8,7 @@ changes, the only request is a new watch every five to ten minutes.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
@@ -22,8 +23,20 @@ T = TypeVar("T")
 _FIRST_SECONDS = 0.5
 _CAP_SECONDS = 30.0
 _ABSENT_SECONDS = 300.0
+_GONE_SECONDS = 300.0
+"""How long a kind that was there must be unknown to be gone. While its CRD is written anew, or an
+API server of several has not heard of it, it is away for seconds; what we drop then is annotations,
+and without them other bytes are wanted."""
+
+_LASTED_SECONDS = 5.0
+"""A watch that ends sooner, and has said nothing, is none: something answers in its place."""
+
+_ENDED_CAP_SECONDS = 5.0
+"""The longest pause after such a watch. It may also be a proxy that closes what is idle: then this
+is how long we hear nothing."""
 _WATCH_SECONDS = (300, 600)  # as client-go: spread, so that a fleet does not come back at once
 _PAGE = 500
+_CHANGES = ("ADDED", "MODIFIED", "DELETED")
 
 
 class Watch(Generic[T]):
@@ -44,6 +57,7 @@ class Watch(Generic[T]):
         metadata_only: bool = False,
         may_be_absent: bool = False,
         dice: Callable[[], float] = random.random,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api = api
         self._path = path
@@ -53,8 +67,11 @@ class Watch(Generic[T]):
         self._metadata_only = metadata_only
         self._may_be_absent = may_be_absent
         self._dice = dice
+        self._ticks = ticks
         self._version = ""
         self._failures = 0
+        self._exists = False
+        self._unknown_since: float | None = None
         self.objects: dict[str, T] = {}
         """By namespace/name, or by name for what has no namespace."""
         self.listed = asyncio.Event()
@@ -64,7 +81,7 @@ class Watch(Generic[T]):
         self.current = False
         """Whether the last we heard of the server was no failure."""
         self.failure = ""
-        """What was the last failure, while it is the last we heard."""
+        """What was the last failure, until something has gone well since."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -72,22 +89,30 @@ class Watch(Generic[T]):
             try:
                 if not self._version:
                     await self._list()
-                await self._follow()
-                delay = _FIRST_SECONDS * self._dice()  # the server ended it: no failure, no hurry
+                if await self._follow():
+                    # The server ended it: no failure, no hurry.
+                    delay = _FIRST_SECONDS * self._dice()
+                else:
+                    delay = self._later(_ENDED_CAP_SECONDS)
             except ApiError as error:
                 delay = self._failed(error)
             await asyncio.sleep(delay)
 
     def _failed(self, error: ApiError) -> float:
         """Seconds to the next try."""
+        absent = error.status == 404 and self._may_be_absent
+        if not absent:
+            self._unknown_since = None
         if error.status == 410:
             # Too old a version. What we know stays known until the new list has come.
             self._version = ""
             return self._later()
-        if error.status == 404 and self._may_be_absent:
+        if absent:
             self._version = ""
-            self._replace({})
-            return _ABSENT_SECONDS * (0.5 + self._dice())
+            if self._is_gone():
+                self._exists = False
+                self._replace({})
+                return _ABSENT_SECONDS * (0.5 + self._dice())
         if self.failure != error.message:
             _log.warning("%s", error.message)
         self.failure = error.message
@@ -96,8 +121,17 @@ class Watch(Generic[T]):
             self._changed()
         return max(self._later(), error.retry_after_seconds or 0.0)
 
-    def _later(self) -> float:
-        delay = min(_CAP_SECONDS, _FIRST_SECONDS * 2.0**self._failures) * (0.5 + self._dice())
+    def _is_gone(self) -> bool:
+        """Whether the kind is not there, and not only away for a moment."""
+        if not self._exists:
+            return True
+        now = self._ticks()
+        if self._unknown_since is None:
+            self._unknown_since = now
+        return now - self._unknown_since >= _GONE_SECONDS
+
+    def _later(self, cap: float = _CAP_SECONDS) -> float:
+        delay = min(cap, _FIRST_SECONDS * 2.0**self._failures) * (0.5 + self._dice())
         self._failures = min(self._failures + 1, 16)
         return delay
 
@@ -108,8 +142,8 @@ class Watch(Generic[T]):
         metadata = "PartialObjectMetadataList" if self._metadata_only else ""
         params = {**self._params, "limit": str(_PAGE)}
         while True:
-            page = await self._api.get(self._path, params, metadata=metadata)
-            for raw in items(page):
+            page = await self._api.list(self._path, params, metadata=metadata)
+            for raw in page["items"] or ():
                 seen.add(_name(raw))
                 self._put(found, raw)
             meta = page["metadata"]
@@ -118,19 +152,18 @@ class Watch(Generic[T]):
             params["continue"] = meta["continue"]
         self._version = meta["resourceVersion"]
         self.unreadable &= seen
+        self._exists, self._unknown_since = True, None
         self._replace(found)
 
     def _replace(self, found: dict[str, T]) -> None:
         self.objects = found
-        self._well()
+        self.current, self.failure = True, ""
         self.listed.set()
         self._changed()
 
-    def _well(self) -> None:
-        self.current, self._failures, self.failure = True, 0, ""
-
-    async def _follow(self) -> None:
-        """One watch, to its end."""
+    async def _follow(self) -> bool:
+        """One watch, to its end. Whether it was one: only that ends the failures in a row. A list
+        before it, or its mere beginning, may well succeed each time that the rest fails."""
         low, high = _WATCH_SECONDS
         params = {
             **self._params,
@@ -140,28 +173,35 @@ class Watch(Generic[T]):
             "timeoutSeconds": str(int(low + (high - low) * self._dice())),
         }
         metadata = "PartialObjectMetadata" if self._metadata_only else ""
-        async with aclosing(self._api.watch(self._path, params, metadata=metadata)) as events:
-            async for event in events:
-                if event:
-                    self._take(event)
-                    continue
-                was_current = self.current
-                self._well()
-                if not was_current:
-                    self._changed()
+        began_at, proven = self._ticks(), False
+        try:
+            async with aclosing(self._api.watch(self._path, params, metadata=metadata)) as events:
+                async for event in events:
+                    if event:
+                        self._take(event)
+                        proven = True
+                    elif not self.current:
+                        self.current = True
+                        self._changed()
+        finally:  # also of one that broke
+            if proven or self._ticks() - began_at >= _LASTED_SECONDS:
+                proven, self._failures, self.failure = True, 0, ""
+        return proven
 
     def _take(self, event: Json) -> None:
         try:
             kind, raw = event["type"], event["object"]
             if kind == "ERROR":
-                code, said = raw.get("code") or 0, raw.get("message") or ""
-                raise ApiError(code, f"the watch of {self._path} ended: {code} {said}")
-            self._version = raw["metadata"]["resourceVersion"]
-            if kind == "BOOKMARK":
-                return
-            name = _name(raw)
-        except (LookupError, TypeError, AttributeError) as error:
+                raise _ended(self._path, raw)
+            version = _text(raw["metadata"]["resourceVersion"])
+            name = _name(raw) if kind in _CHANGES else ""
+            if not name and kind != "BOOKMARK":
+                raise ValueError(kind)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ApiError(0, f"the watch of {self._path} sends something else") from error
+        self._version = version
+        if not name:
+            return
         before = self.objects.get(name), name in self.unreadable
         if kind == "DELETED":
             self.objects.pop(name, None)
@@ -183,27 +223,19 @@ class Watch(Generic[T]):
             _log.warning("%s/%s cannot be understood: %s", self._path, name, error)
 
 
-def items(page: Json) -> list[Json]:
-    """The objects of a list. What is no list is none of nothing: a gateway's `{}` with a 200 must
-    not mean that no pod uses anything."""
-    found, metadata = page.get("items", ""), page.get("metadata")
-    found = [] if found is None else found  # Go's empty slice, of metadata only
-    if (
-        not isinstance(found, list)
-        or not isinstance(metadata, dict)
-        or not metadata.get("resourceVersion")
-        or not all(isinstance(raw, dict) and _is_object(raw) for raw in found)
-    ):
-        raise ApiError(0, "the answer is no list of objects")
-    return found
-
-
-def _is_object(raw: Json) -> bool:
-    metadata = raw.get("metadata")
-    return isinstance(metadata, dict) and isinstance(metadata.get("name"), str)
+def _ended(path: str, status: Mapping[str, Any]) -> ApiError:
+    code, said = status.get("code"), status.get("message") or ""
+    code = code if type(code) is int else 0
+    return ApiError(code, f"the watch of {path} ended: {code} {said}"[:1000])
 
 
 def _name(raw: Mapping[str, Any]) -> str:
     metadata = raw["metadata"]
-    namespace = metadata.get("namespace")
-    return f"{namespace}/{metadata['name']}" if namespace else str(metadata["name"])
+    namespace, name = metadata.get("namespace"), _text(metadata["name"])
+    return f"{namespace}/{name}" if namespace else name
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(value)
+    return value

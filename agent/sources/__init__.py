@@ -4,7 +4,7 @@ A source *describes*: it pins a revision, lists files with sizes and digests, an
 is. It never moves a byte (design D4). A new scheme is one file here and one line in `SCHEMES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from agent.errors import AgentError, Reason
 from agent.sources.base import Source
@@ -33,23 +33,27 @@ class Sources:
 
     def of(self, uri: str) -> Source:
         """Raises Unsupported for a scheme without a source, with what to do instead."""
-        scheme, separator, _ = uri.partition("://")
-        if not separator:
-            if not uri.startswith("/"):
-                raise AgentError(
-                    Reason.INVALID_SPEC,
-                    f"{uri[:200]!r} is neither scheme://... nor an absolute path",
-                )
-            scheme = "file"
-        if scheme not in self._schemes:
-            known = ", ".join(f"{name}://" for name in sorted(self._schemes))
-            instead = _INSTEAD.get(scheme, f"these are supported: {known}, and plain paths")
-            raise AgentError(
-                Reason.UNSUPPORTED, f"there is no source for {scheme[:40]}://; {instead}"
-            )
+        scheme = scheme_of(uri, self._schemes)
         if scheme not in self._made:
             self._made[scheme] = self._schemes[scheme]()
         return self._made[scheme]
 
 
-__all__ = ["SCHEMES", "Source", "Sources"]
+def scheme_of(uri: str, schemes: Collection[str] = SCHEMES) -> str:
+    """Raises Unsupported for a scheme without a source, with what to do instead."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
+        if not uri.startswith("/"):
+            raise AgentError(
+                Reason.INVALID_SPEC,
+                f"{uri[:200]!r} is neither scheme://... nor an absolute path",
+            )
+        scheme = "file"
+    if scheme not in schemes:
+        known = ", ".join(f"{name}://" for name in sorted(schemes))
+        instead = _INSTEAD.get(scheme, f"these are supported: {known}, and plain paths")
+        raise AgentError(Reason.UNSUPPORTED, f"there is no source for {scheme[:40]}://; {instead}")
+    return scheme
+
+
+__all__ = ["SCHEMES", "Source", "Sources", "scheme_of"]

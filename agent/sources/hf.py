@@ -45,7 +45,8 @@ _ANSWER_SECONDS = 30.0
 _LISTING_SECONDS = 300.0
 """A tree of 100,000 files is a hundred pages of a second or two."""
 
-# What is believed of a hub's answers goes into URLs, manifests and messages.
+# What is believed of a hub's answers goes into URLs, manifests, messages and a Kubernetes status.
+_SIZES = 2**63  # an API server refuses a status with more, and with it what is said of all models
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HEX: dict[Algorithm, re.Pattern[str]] = {
     "sha256": re.compile(r"[0-9a-f]{64}"),
@@ -150,6 +151,8 @@ class HuggingFace:
                 raise ValueError("it names no commit")
             tree = api.list_repo_tree(address.repo, recursive=True, revision=commit)
             files = [_checked(item) for item in tree if isinstance(item, RepoFile)]
+            if sum(map(_size, files)) >= _SIZES:
+                raise ValueError("it lists more bytes than there can be")
         published = ((file, address.published(file.path)) for file in files)
         found = [_remote(file, path) for file, path in published if path is not None]
         if files and not found:
@@ -185,7 +188,7 @@ def _checked(file: RepoFile) -> RepoFile:
     size, digest = _size(file), _digest(file)
     if not isinstance(file.path, str):
         raise ValueError("it lists a file without a name")
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size < _SIZES:
         raise ValueError(f"it lists the size {size!r:.40} for {file.path!r:.80}")
     if not isinstance(digest.hex, str) or not _HEX[digest.algorithm].fullmatch(digest.hex):
         raise ValueError(

@@ -168,11 +168,11 @@ class Connections:
             connection.close()
 
     def _connect(self, origin: Origin) -> Connection:
-        proxy = _proxy_for(origin)
+        proxy = proxy_for(origin)
         host, port = (
             (proxy.hostname or "", proxy.port or 80) if proxy else (origin.host, origin.port)
         )
-        auth = _proxy_authorization(proxy)
+        auth = proxy_authorization(proxy)
         raw: http.client.HTTPConnection
         prefix = ""
         if origin.scheme == "https":
@@ -203,7 +203,7 @@ class Connections:
             return self._tls
 
 
-def _proxy_for(origin: Origin) -> SplitResult | None:
+def proxy_for(origin: Origin) -> SplitResult | None:
     """As curl and requests read the environment: http_proxy, https_proxy, all_proxy, no_proxy."""
     proxies = urllib.request.getproxies()
     url = proxies.get(origin.scheme) or proxies.get("all")
@@ -241,7 +241,7 @@ def _bypassed(origin: Origin, no_proxy: str) -> bool:
     return False
 
 
-def _proxy_authorization(proxy: SplitResult | None) -> str:
+def proxy_authorization(proxy: SplitResult | None) -> str:
     if proxy is None or proxy.username is None:
         return ""
     user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"

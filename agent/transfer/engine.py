@@ -53,7 +53,8 @@ class Engine:
     """Moves files for the whole node.
 
     `connections` bounds the files in flight and with them the memory: DEPTH buffers each.
-    `bytes_per_second` caps them together. `stall_seconds` without a byte, or with next to none, is
+    `bytes_per_second` caps them together, `read_bytes_per_second` what is only hashed.
+    `stall_seconds` without a byte, or with next to none, is
     a failure of the try.
     """
 
@@ -62,6 +63,7 @@ class Engine:
         *,
         connections: int = 8,
         bytes_per_second: int | None = None,
+        read_bytes_per_second: int | None = None,
         stall_seconds: float = 30.0,
         connect_seconds: float = 8.0,
         user_agent: str = "localmodel-agent",
@@ -70,6 +72,7 @@ class Engine:
         self._slots = asyncio.Semaphore(connections)
         self._stall_seconds = stall_seconds
         self._throttle = Throttle(bytes_per_second)
+        self._reading = Throttle(read_bytes_per_second)
         self._buffers = Buffers()
         self._crowd = Crowd(os.cpu_count() or 1)
         self._dice = dice
@@ -102,7 +105,12 @@ class Engine:
         def work(cancellation: Cancellation) -> str | None:
             with self._buffer() as buffer:
                 return hash_file(
-                    path, size=size, promised=promised, buffer=buffer, cancellation=cancellation
+                    path,
+                    size=size,
+                    promised=promised,
+                    buffer=buffer,
+                    cancellation=cancellation,
+                    throttle=self._reading,
                 )
 
         async with self._slots:

@@ -18,6 +18,7 @@ from agent.errors import AgentError, Reason
 from agent.files import disk_errors
 from agent.model import Digest
 from agent.transfer.connections import Cancellation, Cancelled
+from agent.transfer.throttle import Throttle
 
 BUFFER_BYTES = 512 * 1024
 """Stays in the second-level cache between receive, write and hash: up to 2 x faster than 4 MiB."""
@@ -195,7 +196,13 @@ def _open(path: Path) -> int:
 
 
 def hash_file(
-    path: Path, *, size: int, promised: Digest | None, buffer: bytearray, cancellation: Cancellation
+    path: Path,
+    *,
+    size: int,
+    promised: Digest | None,
+    buffer: bytearray,
+    cancellation: Cancellation,
+    throttle: Throttle,
 ) -> str | None:
     """The SHA-256 of a regular file of that size that keeps the promise; None for any other.
 
@@ -209,7 +216,7 @@ def hash_file(
         _raise_unless_wrong(error, path)
         return None
     hashes = Hashes(size, promised)
-    view, offset = memoryview(buffer), 0
+    view, offset = memoryview(buffer)[: throttle.step], 0
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             return None
@@ -222,6 +229,8 @@ def hash_file(
             if offset > size:
                 return None
             hashes.update(view[:count])
+            if pause := throttle.take(count):
+                cancellation.wait(pause)
     except OSError as error:
         _raise_unless_wrong(error, path)
         return None

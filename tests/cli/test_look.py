@@ -76,8 +76,9 @@ def test_looking_needs_neither_the_lock_nor_a_right_to_write(
     localmodel: Machine, hub: Hub, tmp_path: Path
 ) -> None:
     localmodel("pull", URI).ok()
-    hub.fault("model-1.safetensors", Slow(bytes_per_second=1000))
-    uri = f"{URI}/model-1.safetensors"
+    hub.add("acme/slow", {"slow.bin": bytes(500_000)})
+    hub.fault("slow.bin", Slow(bytes_per_second=1000))
+    uri = "hf://acme/slow"
     other = localmodel.start("pull", uri)  # holds the lock
     until((localmodel.root / layout.ingest(cache_key(uri)) / layout.LISTING).exists)
     readable = tmp_path / "read-only"

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-_HOP = frozenset({"host", "connection", "transfer-encoding", "content-length"})
+_HOP = frozenset({"host", "connection", "transfer-encoding", "content-length", "content-encoding"})
+"""Of one connection; the last too, because what comes out of `aiohttp` is decoded."""
 
 
 class Proxy:

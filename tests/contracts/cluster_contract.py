@@ -97,11 +97,15 @@ class Noting(Api):
     def bodies(self, method: str) -> list[Json]:
         return [body for asked, _, body in self.asked if asked == method]
 
-    async def get(
+    async def get(self, path: str) -> Json:
+        self.asked.append(("GET", path, {}))
+        return await super().get(path)
+
+    async def list(
         self, path: str, params: Mapping[str, str] | None = None, *, metadata: str = ""
     ) -> Json:
         self.asked.append(("GET", path, dict(params or {})))
-        return await super().get(path, params, metadata=metadata)
+        return await super().list(path, params, metadata=metadata)
 
     async def create(self, path: str, body: Json) -> Json:
         return await self._note("POST", path, body, super().create(path, body))
@@ -718,6 +722,10 @@ class Status:
             ticks=self.ticks,
         )
         self.writer.seen(node)
+
+    def saw(self, found: Json) -> None:
+        """What the watch would show."""
+        self.writer.seen(parse.node(found))
 
     @classmethod
     async def of(cls, world: World, api: Noting) -> Status:

@@ -13,7 +13,7 @@ from agent.model import Blocked, Evict, Fetch, Plan
 from tests.core.worlds import World, removable, room, worlds
 
 KINDS = (
-    *("Resolve", "Fetch", "Cancel", "Withdraw", "Evict", "Abandon"),
+    *("Resolve", "Fetch", "Cancel", "Withdraw", "Evict", "Abandon", "Exchange"),
     *(why.value for why in Blocked),
 )
 MIXED = (

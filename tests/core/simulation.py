@@ -16,13 +16,14 @@ from agent.model import (
     Cancel,
     Entry,
     Evict,
+    Exchange,
     Fetch,
     Ingest,
     Plan,
     Resolve,
     Withdraw,
 )
-from tests.core.worlds import World, running, to_come
+from tests.core.worlds import World, given_back, running, to_come
 
 _V = TypeVar("_V")
 
@@ -68,8 +69,8 @@ class Simulation:
                 assert key in actual.ingests
                 self.fetched.add(key)
                 self._seal(key, size)
-            case Evict(_, size):
-                assert size == actual.entries[key].bytes
+            case Evict(_, size, _):
+                assert size == given_back(self.world, {key})
                 self.evicted.add(key)
                 self._change(entries=_without(actual.entries, key))
                 self._volume(reclaiming=size)
@@ -77,6 +78,12 @@ class Simulation:
                 self._withdraw(actual.entries[key])
             case Abandon():
                 self._abandon(key)
+            case Exchange():
+                self._change(
+                    staged=actual.staged - {key},
+                    outdated=actual.outdated - {key},
+                    ingests=_without(actual.ingests, key),
+                )
 
     def _list(self, key: CacheKey) -> None:
         want, total = self.world.desired[key], self.world.sizes[key]
@@ -86,6 +93,15 @@ class Simulation:
     def _seal(self, key: CacheKey, written: int) -> None:
         actual, now = self.world.actual, self.world.now
         ingest = actual.ingests[key]
+        if key in actual.entries:
+            self._volume(free=-written)
+            whole = replace(ingest, done=ingest.total)
+            self._change(
+                staged=actual.staged | {key},
+                ingests={**actual.ingests, key: whole},
+                attempts=_without(actual.attempts, key),
+            )
+            return
         entry = Entry(
             ref=ingest.ref,
             revision=ingest.revision,

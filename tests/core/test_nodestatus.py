@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import AgentError, Reason
-from agent.kube.nodestatus import compose, disk_numbers, merge_patch, urgent
+from agent.kube.nodestatus import (
+    compose,
+    disk_numbers,
+    lost,
+    merge_patch,
+    no_more_downloaded,
+    urgent,
+    without,
+)
 from agent.model import Space, quantity
 from agent.phases import Phase
 from agent.status import KSERVE_STATUS
@@ -100,6 +108,14 @@ def test_a_model_has_what_people_read_and_nothing_else() -> None:
         "fingerprint": "sha256:0",
         "source": "hf://a/b",
     }
+
+
+def test_one_models_texts_are_no_longer_than_people_read() -> None:
+    long = body(Phase.FAILED, reason="Gated", message="m" * 5000) | {"uri": "hf://" + "x" * 60000}
+    found = composed("a", bodies={"a": long})["models"]["a"]
+    assert (len(found["message"]), len(found["source"])) == (1000, 1000)
+    refused = composed("a", obstacle=AgentError(Reason.OTHER_AGENT, "o" * 5000))
+    assert len(refused["models"]["a"]["message"]) == 1000
 
 
 def test_degraded_names_the_first_three_and_counts_the_rest() -> None:
@@ -218,6 +234,43 @@ def test_only_what_differs_is_sent_and_nulls_for_what_goes() -> None:
     before = {"models": {"a": {"state": "Ready", "reason": "x"}, "b": {}}, "theirs": 1}
     after = {"models": {"a": {"state": "Ready"}}}
     assert merge_patch(before, after) == {"models": {"a": {"reason": None}, "b": None}}
+
+
+# -- what did not stick -------------------------------------------------------------------------
+
+
+@given(_STATUS, _STATUS)
+def test_what_stuck_is_not_lost(before: dict[str, Any], after: dict[str, Any]) -> None:
+    patch = merge_patch(before, after)
+    assert lost(patch, merged(before, patch)) == set()
+    assert without(patch, set()) == patch
+
+
+@given(_STATUS, _STATUS, st.sampled_from("abcd"))
+def test_what_a_server_drops_is_lost_and_then_not_sent(
+    before: dict[str, Any], after: dict[str, Any], dropped: str
+) -> None:
+    before.pop(dropped, None)
+    patch = merge_patch(before, after)
+    kept = {name: value for name, value in merged(before, patch).items() if name != dropped}
+    found = lost(patch, kept)
+    assert found == ({(dropped,)} if dropped in after else set())
+    assert merge_patch(kept, merged(kept, without(patch, found))) == {}
+
+
+def test_what_one_model_cannot_have_none_can() -> None:
+    patch = {"models": {"a": {"state": "Ready", "revision": "1"}}, "summary": {"ready": "1/1"}}
+    found = lost(patch, {"models": {"a": {"state": "Ready"}}})
+    assert found == {("models", None, "revision"), ("summary",)}
+    again = {"models": {"b": {"revision": "2", "state": "Failed"}, "c": {"revision": "3"}}}
+    assert without(again, found) == {"models": {"b": {"state": "Failed"}}}
+    assert without({"summary": {"ready": "2/2"}}, found) == {}
+
+
+def test_what_was_downloaded_and_is_not_any_more() -> None:
+    before = {"a": DOWNLOADED, "b": DOWNLOADED, "c": PENDING, "gone": DOWNLOADED}
+    now = {"a": PENDING, "b": DOWNLOADED, "c": PENDING, "d": PENDING}
+    assert no_more_downloaded(before, now) == {"a"}
 
 
 # -- urgent -------------------------------------------------------------------------------------

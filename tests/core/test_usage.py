@@ -198,6 +198,33 @@ def test_claims_are_ours_and_kserves(claim: str, whole: bool) -> None:
     assert usage.keys_of(mounts, sealed=SEALED, groups=(), served=SERVED) == NOTHING
 
 
+@pytest.mark.parametrize(
+    ("name", "labels", "mount", "used"),
+    [
+        ("kserve-pvc-source", {}, {}, ALL),
+        ("kserve-pvc-source", {}, {"subPathExpr": "$(MODEL)"}, ALL),
+        ("kserve-pvc-source", {}, {"subPath": f"models/{KEY}/"}, ONE),
+        ("kserve-pvc-source", {}, {"subPath": "results"}, NOTHING),
+        ("v", {"internal.serving.kserve.io/localmodel": "tiny"}, {}, ALL),
+        ("v", {"model": "tiny"}, {}, NOTHING),
+    ],
+)
+def test_who_mounts_as_kserve_does_uses_all_though_the_group_is_gone(
+    name: str, labels: dict[str, str], mount: dict[str, Any], used: frozenset[CacheKey]
+) -> None:
+    found = pod({"name": name, **mount}, volume={**CLAIM, "name": name}, labels=labels)
+    assert usage.keys_of(found, sealed=SEALED, groups=(), served=SERVED) == used
+
+
+def test_of_a_pod_of_kserves_the_hook_says_which_models_too() -> None:
+    found = pod(
+        {"name": "kserve-pvc-source"},
+        volume={**CLAIM, "name": "kserve-pvc-source"},
+        annotations={parse.KEYS: KEY},
+    )
+    assert usage.keys_of(found, sealed=SEALED, groups=(), served=SERVED) == ONE
+
+
 # -- who else is here ---------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from agent.errors import Reason
 from agent.kube import parse
 from agent.kube.parse import CacheMeta, Group, NodeObject
 from agent.model import CacheKey, ModelRef, cache_key
+from agent.sources import scheme_of
 from agent.wishes import Desired, SpecError, join, of_node
 
 URI, OTHER = "hf://acme/tiny", "hf://acme/other"
@@ -47,7 +48,7 @@ def desired(
     known: dict[tuple[str, str], CacheMeta] | None = None,
     groups: dict[str, Group] | None = None,
 ) -> Desired:
-    return of_node(found, known or {}, groups or {}, served=SERVED)
+    return of_node(found, known or {}, groups or {}, check=scheme_of, served=SERVED)
 
 
 def errors(found: Desired) -> dict[str, Reason]:
@@ -121,6 +122,15 @@ def test_an_entry_without_a_uri_may_mean_any_model() -> None:
         assert errors(found) == {"a": Reason.INVALID_SPEC}
         assert set(found.wants) == {cache_key(OTHER)}
         assert not found.complete, "so nothing counts as having left"
+
+
+def test_a_scheme_that_no_source_knows_is_refused_and_wants_nothing() -> None:
+    found = desired(node(entry("a", "gopher://x/y"), entry("b", OTHER), entry("c", "/etc")))
+    assert errors(found) == {"a": Reason.UNSUPPORTED, "c": Reason.UNSUPPORTED}
+    assert "gopher://" in found.errors[0].message
+    assert set(found.wants) == {cache_key(OTHER)}
+    assert cache_key("gopher://x/y") in found.spoken_for, "another agent may have brought it"
+    assert found.complete
 
 
 def test_a_group_at_another_path_is_a_mismatch_that_names_both() -> None:

@@ -8,7 +8,7 @@ the edges of ages and retries. `python -m tests.core.count_actions` shows what c
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 from hypothesis import Phase, settings
@@ -32,6 +32,10 @@ from agent.plan import plan
 
 NOW = 1_000_000.0
 MIN_AGE = 600.0
+HOUR = 3600.0
+SHARED = (7, 5)
+"""The inode and the size of a file that several models have, wherever any has one."""
+
 LARGEST = 200
 
 _EXAMPLES = os.environ.get("PLAN_EXAMPLES")
@@ -50,7 +54,7 @@ _ATTEMPTS = st.sampled_from((-100.0, 0.0, 1.0, 60.0, inf))
 _SPARE = st.sampled_from((*range(-15, 40, 3), 1000))
 _ROLES = st.sampled_from(
     ("kept",) * 5
-    + ("known",) * 6
+    + ("known",) * 8
     + ("held",) * 2
     + ("unknown", "running", "leftover", "unwanted job", "left", "left")
 )
@@ -85,15 +89,16 @@ class _Draft:
     jobs: dict[CacheKey, Job]
     attempts: dict[CacheKey, Attempt]
     damaged: set[CacheKey]
-    left: set[CacheKey]
+    left: dict[CacheKey, float]
+    demanded: set[CacheKey]
+    waiting: dict[CacheKey, float]
     stale: set[CacheKey]
     sizes: dict[CacheKey, int]
 
     def add(self, ref: ModelRef, role: str) -> None:
         size = self.sizes[ref.key] = self.draw(_SIZES)
         if role in ("held", "known", "unknown", "running"):
-            priority = self.draw(st.sampled_from((0, 0, 0, 1, -1)))
-            self.desired[ref.key] = Want(ref=ref, priority=priority)
+            self._ask(ref)
         if role in ("kept", "held"):
             self._seal(ref, size)
         elif role in ("known", "leftover"):
@@ -104,10 +109,26 @@ class _Draft:
             self._leave(ref, size)
         if role in ("known", "unknown", "held") and self.draw(_one_in(5)):
             self._fail(ref.key)
+        if role in ("known", "unknown") and self.draw(_one_in(4)):
+            self.waiting[ref.key] = NOW - self.draw(st.sampled_from((HOUR, HOUR - 1, 2 * HOUR)))
+
+    def _ask(self, ref: ModelRef) -> None:
+        on_demand = self.draw(_one_in(4))
+        ages = (None, None, 9e4, 10.0, 11.0, 9.0)
+        self.desired[ref.key] = Want(
+            ref=ref,
+            priority=self.draw(st.sampled_from((0, 0, 0, 1, -1))),
+            on_demand=on_demand,
+            pinned=self.draw(_one_in(8)),
+            ttl_seconds=self.draw(st.sampled_from(ages)),
+            groups=self.draw(st.sampled_from((frozenset[str](), frozenset({"g"})))),
+        )
+        if on_demand and self.draw(st.booleans()):
+            self.demanded.add(ref.key)
 
     def _leave(self, ref: ModelRef, size: int) -> None:
         """Asked for once, and not any more; or again, or a job is on it, or nothing is there."""
-        self.left.add(ref.key)
+        self.left[ref.key] = NOW + self.draw(st.sampled_from((-60.0, 0.0, -1.0, -HOUR, HOUR)))
         there = self.draw(
             st.sampled_from(("sealed", "sealed", "begun", "stale", "both", "running", "none"))
         )
@@ -133,6 +154,8 @@ class _Draft:
             last_used=NOW - self.draw(st.sampled_from((0.0, 10.0, 20.0))),
         )
         trouble = self.draw(st.sampled_from(("none",) * 12 + ("damaged", "damaged", "verified")))
+        if trouble == "none" and size >= SHARED[1] and self.draw(_one_in(5)):
+            self.entries[ref.key] = replace(self.entries[ref.key], shared=frozenset({SHARED}))
         if trouble != "none":
             self.damaged.add(ref.key)
         if trouble == "verified":  # a job has it already: nothing else may touch it
@@ -163,6 +186,8 @@ class _Draft:
     def written(self) -> int:
         """What is on the disk of ours, as far as the nouns say."""
         sealed = sum(entry.bytes for entry in self.entries.values())
+        holders = sum(bool(entry.shared) for entry in self.entries.values())
+        sealed -= SHARED[1] * max(0, holders - 1)
         return sealed + sum(ingest.done for ingest in self.ingests.values())
 
     def in_use(self) -> frozenset[CacheKey] | None:
@@ -179,6 +204,8 @@ class _Draft:
         foreign = self.draw(st.sampled_from((0, 0, 7, 100)))
         used = self.written() + reclaiming + foreign
         spare = self.draw(_SPARE)
+        bounds = [None, None, None, None, self.written() + self.draw(_SPARE)]
+        group = {"g": self.draw(st.sampled_from((30, 60, 100)))} if self.draw(_one_in(4)) else {}
         capacity = max(used, ceil((used + spare) / high))
         return Volume(
             capacity=capacity,
@@ -188,24 +215,34 @@ class _Draft:
             low=low,
             max_fetches=self.draw(st.sampled_from((2, 3, 1, 4, 2, 3, 1, 0))),
             min_age_seconds=MIN_AGE,
+            limit=self.draw(st.sampled_from(bounds)),
+            group_limits=group,
         )
 
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), set(), set(), {})
+    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), {}, set(), {}, set(), {})
     for number, role in enumerate(draw(st.lists(_ROLES, min_size=2, max_size=9))):
         draft.add(ModelRef(uri=f"hf://acme/{number}"), role)
+    in_use = draft.in_use()
+    held = draft.entries.keys() & draft.desired.keys() - draft.damaged
+    outdated = frozenset(key for key in sorted(held) if draw(_one_in(4)))
     actual = Actual(
         entries=draft.entries,
         damaged=frozenset(draft.damaged),
         ingests=draft.ingests,
         jobs=draft.jobs,
         attempts=draft.attempts,
-        in_use=draft.in_use(),
-        left=frozenset(draft.left),
+        in_use=in_use,
+        left=draft.left,
         kept=frozenset(key for key in draft.entries if draw(_one_in(8))),
         begun=frozenset(draft.stale | draft.ingests.keys()),
+        demanded=frozenset(draft.demanded | (in_use or set())),
+        pinned=frozenset(key for key in draft.entries if draw(_one_in(9))),
+        waiting=draft.waiting,
+        outdated=outdated,
+        staged=frozenset(key for key in sorted(outdated) if draw(st.booleans())),
     )
     return World(draft.desired, actual, draft.volume(), NOW, draft.sizes)
 
@@ -236,21 +273,94 @@ def to_come(world: World) -> int:
 
 
 def room(world: World) -> int:
-    """Bytes below the high mark before any eviction for it; negative above it. What left goes
-    whether room is short or not, so its bytes are counted as free."""
-    volume, entries = world.volume, world.actual.entries
-    going = bytes_of(world, removable(world) & entries.keys())
-    return ceiling(volume) - volume.used + volume.reclaiming - to_come(world) + going
+    """Bytes that may be begun before any eviction for it; negative above the high mark or the
+    limit. What left or expired goes whether room is short or not: its bytes count as free."""
+    return min(room_on_disk(world), room_in_limit(world))
+
+
+def room_on_disk(world: World) -> int:
+    volume = world.volume
+    here = ceiling(volume) - volume.used + volume.reclaiming - to_come(world)
+    return here + given_back(world, removable(world))
+
+
+def room_in_limit(world: World) -> int:
+    """A large number where there is no limit."""
+    actual, limit = world.actual, world.volume.limit
+    if limit is None:
+        return 10**9
+    ours = given_back(world, actual.entries.keys())
+    ours += sum(ingest.done for ingest in actual.ingests.values())
+    return limit - ours - to_come(world) + given_back(world, removable(world))
+
+
+def room_of_group(world: World, group: str) -> int:
+    """What the models of a node group may still take, before anything of them goes."""
+    left = world.volume.group_limits[group]
+    for key, want in world.desired.items():
+        if group not in want.groups:
+            continue
+        if key in world.actual.entries:
+            left -= world.actual.entries[key].bytes
+            continue
+        ingest = world.actual.ingests.get(key)
+        left -= ingest.done if ingest else 0
+        if key in running(world):
+            jobs = {key: world.actual.jobs[key]}
+            left -= to_come(replace(world, actual=replace(world.actual, jobs=jobs)))
+    return left
+
+
+def given_back(world: World, keys: Iterable[CacheKey]) -> int:
+    """What the disk gives back if all of these go, whole or begun: a file that one of several
+    models has lives on in the others."""
+    total, entries = 0, world.actual.entries
+    gone = set(keys)
+    for key in gone:
+        if key in entries:
+            total += entries[key].bytes - sum(size for _, size in entries[key].shared)
+        elif key in world.actual.ingests:
+            total += world.actual.ingests[key].done
+    holders = {key for key, entry in entries.items() if entry.shared}
+    return total + (SHARED[1] if holders and holders <= gone else 0)
+
+
+def _needed(world: World) -> frozenset[CacheKey]:
+    """What somebody reads, waits for or has pinned."""
+    actual = world.actual
+    pinned = {key for key, want in world.desired.items() if want.pinned}
+    return actual.demanded | (actual.in_use or frozenset()) | actual.pinned | pinned
 
 
 def removable(world: World) -> set[CacheKey]:
-    """What left the desired state, whole or begun, and nothing keeps: whatever its age."""
+    """What goes for good, whole or begun, and nothing keeps: whatever its age. It left the desired
+    state and the time is over for which it is kept; or nobody used it for too long."""
+    return departed(world) | expired(world)
+
+
+def departed(world: World) -> set[CacheKey]:
+    actual = world.actual
+    there = set(actual.entries) | set(actual.ingests) | actual.begun
+    over = {key for key, until in actual.left.items() if until <= world.now}
+    kept = set(world.desired) | set(actual.jobs) | actual.damaged | _needed(world)
+    return (over & there) - kept if actual.in_use is not None else set()
+
+
+def expired(world: World) -> set[CacheKey]:
     actual = world.actual
     if actual.in_use is None:
         return set()
-    there = set(actual.entries) | set(actual.ingests) | actual.begun
-    kept = set(world.desired) | set(actual.jobs) | actual.in_use | actual.damaged
-    return set(actual.left & there) - kept
+    return {
+        key
+        for key, want in world.desired.items()
+        if want.on_demand
+        and want.ttl_seconds is not None
+        and key in actual.entries
+        and key not in actual.damaged | _needed(world) | actual.staged
+        and key not in actual.jobs
+        and world.now - actual.entries[key].last_used >= want.ttl_seconds
+        and world.now - actual.entries[key].sealed_at >= want.ttl_seconds
+    }
 
 
 def evictable(world: World) -> dict[CacheKey, Entry]:
@@ -258,20 +368,49 @@ def evictable(world: World) -> dict[CacheKey, Entry]:
     actual = world.actual
     if actual.in_use is None:
         return {}
+    wanted = {key for key, want in world.desired.items() if not want.on_demand}
+    kept = wanted | actual.damaged | actual.kept | set(actual.jobs) | _needed(world)
+    kept |= actual.staged
     return {
         key: entry
         for key, entry in actual.entries.items()
-        if not (key in world.desired or key in actual.in_use or key in actual.damaged)
-        and key not in actual.kept
-        and not (key in actual.jobs or entry.bytes == 0 or key in actual.left)
+        if key not in kept | removable(world)
+        and entry.bytes > 0
         and world.now - entry.sealed_at >= world.volume.min_age_seconds
     }
 
 
+def leftovers(world: World) -> set[CacheKey]:
+    """What was begun and nobody waits for now: the first to go."""
+    actual = world.actual
+    if actual.in_use is None:
+        return set()
+    wanted = {key for key, want in world.desired.items() if not want.on_demand}
+    needed = actual.demanded | actual.in_use | actual.pinned
+    kept = wanted | actual.kept | needed | set(actual.jobs) | set(actual.entries)
+    begun = {key for key, ingest in actual.ingests.items() if ingest.done > 0}
+    return begun - kept - removable(world)
+
+
 def missing(world: World) -> set[CacheKey]:
-    """Wanted, not sealed and not being worked on."""
-    return set(world.desired) - set(world.actual.entries) - set(world.actual.jobs)
+    """Wanted now, not sealed and not being worked on."""
+    there = set(world.actual.entries) | set(world.actual.jobs)
+    fresh = outdated(world) - set(world.actual.jobs)
+    return {key for key in world.desired if key not in there | idle(world)} | fresh
 
 
-def bytes_of(world: World, keys: Iterable[CacheKey]) -> int:
-    return sum(world.actual.entries[key].bytes for key in keys)
+def outdated(world: World) -> set[CacheKey]:
+    """On offer, and to be asked for again."""
+    waits = {k for k, w in world.desired.items() if w.on_demand} - world.actual.demanded
+    return set(world.actual.outdated - world.actual.staged - world.actual.damaged) - waits
+
+
+def idle(world: World) -> set[CacheKey]:
+    """Fetched on demand, and nobody asks."""
+    there = set(world.actual.entries) | set(world.actual.jobs) | world.actual.demanded
+    return {key for key, want in world.desired.items() if want.on_demand and key not in there}
+
+
+def starved(world: World) -> set[CacheKey]:
+    """Short of room for an hour."""
+    return {key for key, since in world.actual.waiting.items() if world.now - since >= HOUR}

@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Settings, listen_address, parse_size, read, unify_ca_variables
+from agent.config import Settings, listen_address, read, unify_ca_variables
 from agent.errors import AgentError, Reason
+from agent.quantities import parse_size
 
 
 def test_flags_win_over_the_environment_and_that_over_the_defaults(tmp_path: Path) -> None:
     environment = {"LOCALMODEL_CONNECTIONS": "3", "LOCALMODEL_MAX_FETCHES": "5"}
     found = read({"connections": "4", "root": str(tmp_path)}, environment)
     assert (found.connections, found.max_fetches) == (4, 5)
-    assert found.high == 95.0
+    assert found.marks(shared=False) == (95.0, 90.0)
+    assert found.marks(shared=True) == (78.0, 72.0)
     assert found.state_directory == tmp_path / ".localmodel/state"
     assert read({"state": "/elsewhere"}, {}).state_directory == Path("/elsewhere")
 
@@ -49,7 +51,7 @@ def test_paths_are_absolute_because_others_are_told_them(
         ({"high": "101"}, {}, "0 < low <= high <= 100"),
         ({"high": "nan"}, {}, "0 < low <= high <= 100"),
         ({"low": "0"}, {}, "0 < low <= high <= 100"),
-        ({"high": "80"}, {}, "--low 90 and --high 80"),
+        ({"high": "80", "low": "90"}, {}, "--low 90 and --high 80"),
         ({"stall_seconds": "nan"}, {}, "--stall-seconds"),
         ({"stall_seconds": "inf"}, {}, "--stall-seconds"),
         ({"stall_seconds": "0"}, {}, "--stall-seconds"),

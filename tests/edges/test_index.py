@@ -13,7 +13,7 @@ import pytest
 
 from agent.errors import AgentError, Reason
 from agent.index import Index, migrations
-from agent.model import Attempt, CacheKey, Entry, ModelRef
+from agent.model import Asked, Attempt, CacheKey, Entry, ModelRef, Past
 from tests.edges.volume import UNSHARE, fill, in_child, mounted, needs_mounts
 
 A, B, C = (
@@ -73,6 +73,60 @@ async def test_everything_survives_a_restart(path: Path) -> None:
         assert await index.last_uses() == {A.key: 500.0, B.key: 120.0, C.key: 130.0}
         assert await index.attempts() == {A.key: FAILED}
     assert dict((key, uses) for key, uses, _ in rows(path)) == {A.key: 2, B.key: 0, C.key: 0}
+
+
+async def test_what_was_asked_for_and_left_survives_a_restart(path: Path) -> None:
+    stays = Asked(owner="uid-1", retain_seconds=60.0)
+    left = Asked(owner="", left_at=500.5)
+    async with opened(path, A) as index:
+        await index.record_asked(A.key, stays)
+        await index.record_asked(B.key, stays)
+        await index.record_asked(B.key, left)
+        await index.record_asked(C.key, left)
+        await index.forget_asked(C.key)
+        await index.record_proven(A.key, 700.0)
+        await index.record_refreshed(A.key, "1")
+        await index.record_refreshed(A.key, "2")
+    async with opened(path, A) as index:
+        assert await index.asked() == {A.key: stays, B.key: left}
+        assert await index.proven() == {A.key: 700.0}
+        assert await index.refreshed() == {A.key: "2"}
+
+
+async def test_history_is_told_in_order_by_model_and_from_a_time_on(path: Path) -> None:
+    sealed = Past(at=100.0, key=A.key, uri=A.ref.uri, what="Sealed", bytes=1 << 40)
+    gone = Past(
+        at=200.0,
+        key=A.key,
+        uri=A.ref.uri,
+        what="Evicted",
+        why="Space",
+        bytes=5,
+        age_seconds=100.0,
+        idle_seconds=7.5,
+    )
+    other = Past(at=150.0, key=B.key, uri=B.ref.uri, what="Sealed")
+    async with opened(path) as index:
+        for past in (sealed, other, gone):
+            await index.record_past(past)
+    async with opened(path) as index:
+        assert await index.past() == [sealed, other, gone]
+        assert await index.past(A.key) == [sealed, gone]
+        assert await index.past(since=150.0) == [other, gone]
+        assert await index.past(C.key) == []
+
+
+async def test_history_has_an_end(path: Path) -> None:
+    async with opened(path) as index:
+        await index.record_past(Past(at=1.0, key=A.key, uri=A.ref.uri, what="Sealed"))
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("update history set id = id + 10000")
+        await index.record_past(Past(at=2.0, key=A.key, uri=A.ref.uri, what="Damaged"))
+        assert [past.what for past in await index.past()] == ["Sealed", "Damaged"]
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("update history set id = id + 10000 where what = 'Damaged'")
+        await index.record_past(Past(at=3.0, key=A.key, uri=A.ref.uri, what="Sealed"))
+        assert [past.at for past in await index.past()] == [2.0, 3.0]
 
 
 async def test_the_last_use_never_runs_backwards(path: Path) -> None:
@@ -153,7 +207,13 @@ async def test_migrations_are_applied_once(path: Path) -> None:
         async with opened(path, A):
             pass
     names = rows(path, "select name from _sqlite_migrations order by name")
-    assert [name for (name,) in names] == ["asked_and_pods", "models_and_attempts"]
+    assert [name for (name,) in names] == [
+        "asked_and_pods",
+        "history_and_leaving",
+        "models_and_attempts",
+        "proofs",
+        "refreshes",
+    ]
     assert migrations.name == "localmodel-index"
 
 

@@ -1,12 +1,15 @@
 """The Lease while its server misbehaves. What it is when all is well: the cluster contract."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from agent.errors import Reason
 from agent.kube import lease as lease_module
+from agent.kube.client import ApiError, Json
 from agent.kube.lease import Lease
 from tests.contracts.cluster_contract import (
     LEASES,
@@ -140,3 +143,61 @@ async def test_a_release_that_fails_is_no_failure(world: FakeWorld, api: Noting)
     world.cluster.faults.refuse = False
     found = await world.get(f"{LEASES}/{world.node}")
     assert found["spec"]["holderIdentity"] == "a/me"
+
+
+async def test_conflicts_without_end_are_no_tight_loop(
+    world: FakeWorld, api: Noting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_RETRY_SECONDS", 5.0)
+    world.cluster.faults.instead = _refusing(409)
+    lease = a_holder(world, api, "a/me")
+    async with running(lease.run()):
+        await eventually(lambda: api.count("POST") == 2)
+        await asyncio.sleep(3 * lease_module._CONFLICT_SECONDS)
+        assert api.count("POST") == 2
+        assert not lease.answered.is_set()
+
+
+def _refusing(status: int) -> Callable[[web.Request], web.Response | None]:
+    """Refuses every write of a Lease."""
+
+    def answer(request: web.Request) -> web.Response | None:
+        return web.json_response({}, status=status) if request.method != "GET" else None
+
+    return answer
+
+
+def test_no_server_makes_it_wait_until_it_has_ended(world: FakeWorld, api: Noting) -> None:
+    lease = a_holder(world, api, "a/me")
+    assert lease._delay(ApiError(429, "busy", retry_after=60.0)) == lease_module._LONGEST_SECONDS
+    assert lease._delay(ApiError(429, "busy", retry_after=7.0)) == 7.0
+    assert lease_module._LONGEST_SECONDS < lease_module.DURATION_SECONDS / 3
+
+
+META = {"name": "node-1", "resourceVersion": "1"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"spec": "x", "metadata": {}},
+        {"spec": None, "metadata": None},
+        {"spec": "x", "metadata": META},
+        {"spec": None, "metadata": META},
+        {"spec": {"holderIdentity": {"a": 1}, "leaseTransitions": "x"}, "metadata": META},
+        {"spec": {"holderIdentity": "a/other", "leaseDurationSeconds": "x"}, "metadata": META},
+    ],
+    ids=repr,
+)
+async def test_an_answer_that_does_not_name_us_holds_nothing(
+    world: FakeWorld, api: Noting, answer: Json
+) -> None:
+    world.cluster.faults.instead = lambda request: web.json_response(answer)
+    lease = a_holder(world, api, "a/me")
+    async with running(lease.run()):
+        await eventually(lambda: len(api.asked) > 5)
+        assert not held(lease)
+        await lease.release()
+        world.cluster.faults.instead = lambda request: None
+        await eventually(lambda: held(lease))

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -21,8 +21,11 @@ from agent.kube import parse
 from agent.kube.client import Api, Json
 from agent.kube.parse import cache, fingerprint, patterns
 from agent.kube.watch import Watch
-from agent.model import ModelRef, Want, cache_key
+from agent.model import CacheKey, ModelRef, Want, cache_key
+from agent.reconcile import Reconciler
+from agent.sources import scheme_of
 from agent.wishes import of_node
+from tests.cluster.nodes import local_model_node
 from tests.contracts.cluster_contract import eventually, nothing, running
 from tests.fakes.cluster import FakeCluster
 from tests.machine import cache_yaml
@@ -48,7 +51,34 @@ def test_everything_we_understand_is_taken() -> None:
         names=frozenset({"tiny"}),
         priority=-3,
         expect_fingerprint="sha256:" + "a" * 64,
+        floor=2**30,
     )
+
+
+def test_how_long_and_when_it_is_kept_is_taken() -> None:
+    raw = json.loads(
+        cache_yaml("a", URI, policy="on-demand", ttl="72h", retain="0s", pin="true", refresh="2")
+    )
+    assert cache(raw).want == Want(
+        ref=ModelRef(uri=URI),
+        names=frozenset({"a"}),
+        on_demand=True,
+        pinned=True,
+        ttl_seconds=259200.0,
+        retain_seconds=0.0,
+        refresh="2",
+        floor=2**30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"),
+    [("500Gi", 500 * 2**30), (1024, 1024), ("0", None), (None, None), ("much", None), ([], None)],
+)
+def test_the_limit_of_a_group_is_taken_where_it_can_be_read(limit: object, size: object) -> None:
+    """KServe does not read it: what nobody could ever read must not stop a node."""
+    raw = {"metadata": {"name": "g"}, "spec": {"storageLimit": limit}}
+    assert parse.group(raw).limit == size
 
 
 def test_annotations_of_others_and_unknown_ones_of_ours_do_not_matter() -> None:
@@ -69,6 +99,10 @@ def test_annotations_of_others_and_unknown_ones_of_ours_do_not_matter() -> None:
         ("metadata.name", None, "metadata.name of type NoneType"),
         ("metadata.name", 7, "metadata.name of type int"),
         ("metadata.name", "../../x", "metadata.name '../../x'"),
+        ("metadata.annotations", {"localmodel-agent.io/policy": "lazy"}, "eager or on-demand"),
+        ("metadata.annotations", {"localmodel-agent.io/ttl": "1h"}, "needs localmodel-agent.io"),
+        ("metadata.annotations", {"localmodel-agent.io/retain": "1y"}, "is not a duration"),
+        ("metadata.annotations", {"localmodel-agent.io/pin": "yes"}, "is not false or true"),
         ("metadata.name", "a/b", "metadata.name 'a/b'"),
         ("metadata.name", ".hidden", "metadata.name '.hidden'"),
         ("metadata.name", "n" * 254, "is not a name"),
@@ -306,7 +340,7 @@ def _use_pods(pods: dict[str, parse.Pod]) -> None:
 def _use_objects(node: parse.NodeObject, group: parse.Group, meta: parse.CacheMeta) -> None:
     try:
         metas = {(entry.namespace, entry.model): meta for entry in node.entries}
-        of_node(node, metas, {"gpu": group}, served="/models")
+        of_node(node, metas, {"gpu": group}, check=scheme_of, served="/models")
     except REFUSALS as error:
         raise AssertionError(f"{node}, {group}, {meta} cannot be worked with") from error
 
@@ -319,7 +353,7 @@ class Told(Api):
         self._watched = watched
         self.done = asyncio.Event()
 
-    async def get(
+    async def list(
         self, path: str, params: Mapping[str, str] | None = None, *, metadata: str = ""
     ) -> Json:
         return {"metadata": {"resourceVersion": "1"}, "items": self._listed}
@@ -426,6 +460,43 @@ async def test_of_a_pod_that_cannot_be_understood_nobody_knows_what_it_uses(
                 server.faults.refuse = False
         finally:
             await api.close()
+
+
+async def test_a_group_that_is_gone_is_known_by_the_entries_that_name_it(tmp_path: Path) -> None:
+    whole: Json = {
+        "spec": {
+            "nodeName": "n",
+            "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "tiny-gpu"}}],
+            "containers": [{"volumeMounts": [{"name": "v", "mountPath": "/m"}]}],
+        }
+    }
+    entry = {"modelName": "tiny", "sourceModelUri": URI, "nodeGroup": "gpu"}
+    nodes = "/apis/serving.kserve.io/v1alpha1/localmodelnodes"
+    async with FakeCluster(tmp_path).serving() as server:
+        await server.put("/api/v1/namespaces/d/pods/whole", whole)
+        await server.put(f"{nodes}/n", local_model_node("n", entry))
+        api = Api({"KUBECONFIG": str(server.kubeconfig)}, user_agent="test")
+        await api.open()
+        try:
+            cluster = Cluster(api, Settings(root=tmp_path / "cache", node_name="n"))
+            cluster.manages(cast("Reconciler", _Holds()))
+            async with running(*cluster.work()):
+                await cluster.listed()
+                assert await cluster.in_use() == frozenset({cache_key(URI)})
+                await server.put(f"{nodes}/n", local_model_node("n"))
+                await eventually(lambda: not cluster.desired().wants)
+                assert await cluster.in_use() == frozenset({cache_key(URI)}), "its pod has not left"
+        finally:
+            await api.close()
+
+
+class _Holds:
+    """What a Reconciler would say."""
+
+    ready = asyncio.Event()
+
+    def sealed(self) -> dict[CacheKey, None]:
+        return {cache_key(URI): None}
 
 
 def _unknown(cluster: Cluster) -> bool:

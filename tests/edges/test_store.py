@@ -35,6 +35,7 @@ from tests.edges.volume import (
     mode_of,
     on_offer,
     sealed,
+    sha256,
     snapshot,
     write,
 )
@@ -516,6 +517,77 @@ def test_damage_is_seen(offered: Store, how: str) -> None:
     assert offered.damage(KEY, found) == []
     _damage(offered.model(KEY), how)
     assert "weights/deep/b.bin" in offered.damage(KEY, found)
+
+
+def test_a_file_that_was_written_after_the_seal_is_damage(offered: Store) -> None:
+    """Whatever its size: wrong bytes may be of the right one."""
+    found = offered.manifest(KEY)
+    assert found is not None
+    path = offered.model(KEY) / "weights/shard.bin"
+    for late in (0, 999_999_999):  # the seal knows whole seconds only
+        os.utime(path, ns=(0, found.sealed_at * 10**9 + late))
+        assert offered.damage(KEY, found) == []
+    os.utime(path, ns=(0, (found.sealed_at + 1) * 10**9))
+    assert offered.damage(KEY, found) == ["weights/shard.bin"]
+    write(path, b"short")
+    assert offered.damage(KEY, found) == ["weights/shard.bin"], "once, and not twice"
+
+
+def test_a_clock_that_was_set_back_damages_nothing(store: Store) -> None:
+    finish(store, listing())
+    store.reopen(KEY)
+    for path in CONTENTS:
+        os.utime(store.tree(KEY) / path, (0, 4_000_000_000))
+    store.seal(sealed(listing()))
+    found = store.manifest(KEY)
+    assert found is not None
+    assert store.damage(KEY, found) == []
+
+
+# -- sharing ------------------------------------------------------------------------------------
+
+
+def test_the_copies_of_a_file_are_known_by_its_bytes(offered: Store) -> None:
+    other = key_of("hf://org/other")
+    contents = {"a": CONTENTS["config.json"], "b": CONTENTS["config.json"], "c": b"c"}
+    finish(offered, listing(contents, uri="hf://org/other"), contents)
+    copies = offered.copies()
+    config = CONTENTS["config.json"]
+    found = copies[sha256(config), len(config)]
+    assert sorted(found) == sorted([(KEY, "config.json"), (other, "a"), (other, "b")])
+    assert (sha256(config), len(config) + 1) not in copies
+    offered.begin_retire(other)
+    assert offered.copies()[sha256(config), len(config)] == [(KEY, "config.json")]
+
+
+def test_a_link_is_the_same_file_and_outlives_the_other(offered: Store) -> None:
+    pinned = listing(NEWER, revision="r2")
+    offered.begin(pinned)
+    source = offered.model(KEY) / "config.json"
+    write(offered.partial(KEY) / "config.json", b"{")
+    assert offered.link(KEY, "config.json", source)
+    linked = offered.tree(KEY) / "config.json"
+    assert linked.samefile(source)
+    assert not (offered.partial(KEY) / "config.json").exists()
+    found = offered.manifest(KEY)
+    assert found is not None
+    assert offered.shared(KEY, found) == {(source.stat().st_ino, 2)}
+    offered.discard(KEY, "config.json")
+    assert source.read_bytes() == CONTENTS["config.json"]
+    assert offered.shared(KEY, found) == frozenset()
+
+
+def test_a_link_does_not_follow_what_leads_out_of_the_volume(
+    offered: Store, tmp_path: Path
+) -> None:
+    offered.begin(listing(NEWER, revision="r2"))
+    outside = tmp_path / "outside"
+    offered.model(KEY).joinpath("weights").rename(outside)
+    offered.model(KEY).joinpath("weights").symlink_to(outside)
+    assert not offered.link(KEY, "config.json", offered.model(KEY) / "weights/shard.bin")
+    assert not offered.link(KEY, "config.json", outside / "shard.bin")
+    assert not offered.link(KEY, "config.json", offered.model(KEY) / "gone")
+    assert offered.ingests()[KEY].done == 0
 
 
 def test_unreadable_manifests_are_skipped(offered: Store, root: Path) -> None:

@@ -6,6 +6,7 @@ that no list speaks of.
 """
 
 import errno
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,9 +40,10 @@ from tests.edges.volume import (
     write,
 )
 
-KEY = key_of()
+KEY, OTHER = key_of(), "hf://org/other"
 NEWER = {**CONTENTS, "weights/shard.bin": b"n" * 70, "more/new.bin": b"new"}
 KEPT = {path: data for path, data in CONTENTS.items() if path != "weights/shard.bin"}
+LISTING, NEW_LISTING = listing(), listing(NEWER, revision="r2")
 
 
 @pytest.fixture
@@ -137,6 +139,31 @@ def trashed(root: Path) -> None:
     Store(root).finish_retire(KEY)
 
 
+def beside_what_it_can_share(root: Path) -> None:
+    """A newer revision was begun, and some of a file arrived that the older one has."""
+    on_offer_already(root)
+    store = Store(root)
+    store.begin(NEW_LISTING)
+    write(store.partial(KEY) / "config.json", b"{")
+
+
+def all_of_it_shared(root: Path) -> None:
+    """Complete, of links to a model that is in the trash by now."""
+    other = key_of(OTHER)
+    sealed_store(root, uri=OTHER, files=Files()).close()
+    store = Store(root)
+    store.begin(LISTING)
+    for path in CONTENTS:
+        assert store.link(KEY, path, store.model(other) / path)
+    store.begin_retire(other)
+    store.finish_retire(other)
+
+
+def shared_with_the_trash(root: Path) -> None:
+    all_of_it_shared(root)
+    Store(root).seal(sealed(LISTING))
+
+
 def half_sealed(root: Path) -> None:
     """The directory is in its place and the manifest is not; the disk failed, nobody died."""
     complete(root)
@@ -180,7 +207,6 @@ def _think_again(store: Store) -> None:
 SPOILED = (damaged, damaged_beside_a_newer_ingest, emptied, unreadable, unreadable_beside_an_ingest)
 ALL = dict(CONTENTS)
 WITHOUT_CONFIG = {path: data for path, data in ALL.items() if path != "config.json"}
-LISTING, NEW_LISTING = listing(), listing(NEWER, revision="r2")
 
 CASES = {
     "open": Case(prepare=lambda root: None, act=Store.open),
@@ -194,6 +220,13 @@ CASES = {
         prepare=on_offer_already, act=lambda s: s.begin(NEW_LISTING), keeps=ALL, offers=True
     ),
     "promote": Case(prepare=half_way, act=lambda s: s.promote(KEY, "weights/shard.bin")),
+    "link": Case(
+        prepare=beside_what_it_can_share,
+        act=lambda s: s.link(KEY, "config.json", s.model(KEY) / "config.json"),
+        keeps=ALL,
+        offers=True,
+        again=lambda s: s.begin(NEW_LISTING),  # what was linked is found there, and hashed
+    ),
     "abandon": Case(prepare=half_way, act=lambda s: s.abandon(KEY), offers=False),
     "abandon half a seal": Case(prepare=half_sealed, act=lambda s: s.abandon(KEY), offers=False),
     "abandon a salvage": Case(prepare=salvaged, act=lambda s: s.abandon(KEY), offers=False),
@@ -208,6 +241,15 @@ CASES = {
         act=lambda s: s.seal(sealed(LISTING)),
         keeps=ALL,
         again=lambda s: finish(s, LISTING),
+    ),
+    "seal what is shared": Case(
+        prepare=all_of_it_shared,
+        act=lambda s: s.seal(sealed(LISTING)),
+        keeps=ALL,
+        again=lambda s: finish(s, LISTING),
+    ),
+    "sweep what is shared": Case(
+        prepare=shared_with_the_trash, act=Store.sweep, keeps=ALL, offers=True
     ),
     "reopen": Case(
         prepare=damaged, act=lambda s: s.reopen(KEY), keeps=WITHOUT_CONFIG, damaged=True
@@ -393,7 +435,7 @@ class Platter(Files):
     def __init__(self, root: Path) -> None:
         self._root = root
         self._directories: dict[int, dict[str, int]] = {}
-        self._contents: dict[int, tuple[bytes, int]] = {}
+        self._contents: dict[int, tuple[bytes, int, int]] = {}
         self._pending: list[list[Edit]] = []
         self.settle()
 
@@ -409,7 +451,8 @@ class Platter(Files):
 
     def remember(self, path: Path) -> None:
         found = path.lstat()
-        self._contents[found.st_ino] = (path.read_bytes(), found.st_mode & 0o777)
+        mode, time = found.st_mode & 0o777, found.st_mtime_ns
+        self._contents[found.st_ino] = (path.read_bytes(), mode, time)
 
     def _name(self, path: Path) -> tuple[int, str]:
         return path.parent.lstat().st_ino, path.name
@@ -430,6 +473,14 @@ class Platter(Files):
         super().set_mode(path, mode)
         if path.is_file():
             self.remember(path)
+
+    def backdate(self, path: Path, latest: int) -> None:
+        super().backdate(path, latest)
+        self.remember(path)
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self._pending.append([(*self._name(target), target.lstat().st_ino)])
 
     def rename(self, source: Path, target: Path) -> None:
         edits: list[Edit] = [
@@ -488,8 +539,9 @@ class Platter(Files):
             for name, child in self._directories[inode].items():
                 self._build(child, target / name)
         else:
-            data, mode = self._contents[inode]
+            data, mode, time = self._contents[inode]
             write(target, data, mode=mode)
+            os.utime(target, ns=(time, time))
 
 
 @pytest.mark.parametrize(

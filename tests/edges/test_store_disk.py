@@ -1,8 +1,12 @@
 """The store on real, tiny file systems: full ones, such without inodes, read-only ones."""
 
 import errno
+import os
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -157,6 +161,50 @@ def without_inodes() -> None:
             store.close()
 
 
+def no_link_across_mounts() -> None:
+    """Not even within one file system, and so it is on many a cluster's volumes."""
+    with mounted("size=2m") as root:
+        store = Store(root)
+        store.open()
+        finish(store, listing(uri=OTHER))
+        model = str(store.model(key_of(OTHER)))
+        store.begin(listing())
+        run("mount", "--bind", model, model)
+        assert not store.link(KEY, "config.json", store.model(key_of(OTHER)) / "config.json")
+        run("umount", model)
+        assert store.link(KEY, "config.json", store.model(key_of(OTHER)) / "config.json")
+        finish(store, listing())
+        check_offers(root)
+
+
+def no_more_links_than_there_can_be() -> None:
+    """65000 on ext4."""
+    with mounted("size=64m") as memory, TemporaryDirectory() as name:
+        image, root = memory / "image", Path(name)
+        run("truncate", "--size", "32m", str(image))
+        try:
+            run("mkfs.ext4", "-q", str(image))
+            run("mount", "-o", "loop", str(image), str(root))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no ext4 can be made and mounted: {error}")
+            return
+        try:
+            store = Store(root)
+            store.open()
+            finish(store, listing(uri=OTHER))
+            store.begin(listing())
+            source = store.model(key_of(OTHER)) / "config.json"
+            with suppress(OSError):
+                for number in range(70_000):
+                    os.link(source, root / f"{number}")
+            assert source.stat().st_nlink == 65_000
+            assert not store.link(KEY, "config.json", source)
+            (root / "0").unlink()
+            assert store.link(KEY, "config.json", source)
+        finally:
+            run("umount", "--lazy", str(root))
+
+
 def read_only() -> None:
     with mounted("size=2m") as root:
         store = Store(root)
@@ -193,6 +241,7 @@ def read_only_from_the_start() -> None:
         full_at_start,
         full_at_progress,
         without_inodes,
+        no_link_across_mounts,
         read_only,
         read_only_from_the_start,
     ],
@@ -200,3 +249,9 @@ def read_only_from_the_start() -> None:
 )
 def test_on_a_file_system_of_its_own(child: Callable[[], None]) -> None:
     in_child(child, wrap=UNSHARE)
+
+
+def test_on_an_ext4_of_its_own() -> None:
+    done = in_child(no_more_links_than_there_can_be, wrap=UNSHARE)
+    if done.stdout:
+        pytest.skip(f"EMLINK IS NOT TESTED for real: {done.stdout}")

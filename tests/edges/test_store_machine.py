@@ -5,6 +5,7 @@ vandalised is whole, what is somebody else's is untouched, and no model that was
 unless it was retired. After every death: one recovery, and nothing is unaccounted for.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,12 +28,14 @@ from tests.edges.volume import (
     check_accounted,
     check_offers,
     fast_directory,
+    files_below,
     finish,
     held,
     holds,
     key_of,
     listing,
     on_offer,
+    sha256,
     snapshot,
     write,
 )
@@ -160,6 +163,22 @@ class Volume(RuleBasedStateMachine):
             self.vandalised.discard(key)
             self.held[key] = revision
 
+    @rule(key=keys, other=keys, revision=revisions, fate=fates)
+    def share(self, key: CacheKey, other: CacheKey, revision: str, fate: Fate) -> None:
+        """Begin with what a model on offer has, as one that has hashed it."""
+        if key in self.foreign or not self._free(key) or key == other:
+            return
+        self.fetch(key=other, revision=revision, fate=None)
+        self._give_up(key, unless=revision)
+        self.store.begin(listing_of(key, revision))
+        for path, data in REVISIONS[revision].items():
+            places = self.store.copies().get((sha256(data), len(data)), [])
+            places = [place for place in places if place[0] not in self.vandalised]
+            if places and not os.path.lexists(self.store.tree(key) / path):
+                source = self.store.model(places[0][0]) / places[0][1]
+                if not self._do(fate, lambda store: store.link(key, path, source)):  # noqa: B023 - done now
+                    return
+
     @rule(key=keys, fate=fates)
     def reopen(self, key: CacheKey, fate: Fate) -> None:
         if self.store.manifest(key) is not None:
@@ -204,6 +223,26 @@ class Volume(RuleBasedStateMachine):
     def _whole(self, key: CacheKey) -> Path | None:
         directory = self.root / layout.model(key)
         return directory if key in on_offer(self.root) and directory.is_dir() else None
+
+    @rule(key=keys)
+    def write_into_a_file(self, key: CacheKey) -> None:
+        """In place: that is damage to all who share it, and it shows by its time."""
+        directory = self._whole(key)
+        path = None if directory is None else directory / "config.json"
+        if path is None or path.is_symlink() or not path.is_file() or key in self.foreign:
+            return
+        inode = path.stat().st_ino
+        path.chmod(0o644)
+        path.write_bytes(b"?!")
+        path.chmod(0o444)
+        for shared in map(key_of, URIS):
+            places = [self.root / layout.model(shared), self.store.tree(shared)]
+            if inode in {file.stat().st_ino for place in places for file in _plain(place)}:
+                self.held.pop(shared, None)
+                if shared in on_offer(self.root):
+                    self.vandalised.add(shared)
+                    found = self.store.manifest(shared)
+                    assert found is None or "config.json" in self.store.damage(shared, found)
 
     @rule(key=keys, how=st.sampled_from(["delete", "truncate", "symlink", "all"]))
     def damage(self, key: CacheKey, how: str) -> None:
@@ -286,6 +325,10 @@ class Volume(RuleBasedStateMachine):
             assert not self.store.damage(key, said[key])
         for ingest in self.store.ingests().values():
             assert 0 <= ingest.done <= ingest.total
+
+
+def _plain(directory: Path) -> list[Path]:
+    return [path for path in files_below(directory) if path.is_file() and not path.is_symlink()]
 
 
 Volume.TestCase.settings = settings(

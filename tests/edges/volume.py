@@ -232,6 +232,12 @@ class Mortal(Files):
     def unlink(self, path: Path) -> None:
         self._step(f"unlink {path}", lambda: self._real.unlink(path))
 
+    def link(self, source: Path, target: Path) -> None:
+        self._step(f"link {source} {target}", lambda: self._real.link(source, target))
+
+    def backdate(self, path: Path, latest: int) -> None:
+        self._step(f"backdate {path}", lambda: self._real.backdate(path, latest))
+
     def set_mode(self, path: Path, mode: int) -> None:
         self._step(f"mode {path}", lambda: self._real.set_mode(path, mode))
 

@@ -8,7 +8,7 @@ the real one, in tests/cluster.
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -30,6 +30,8 @@ class Faults:
     answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     """Status and headers of the next answers to anything but a watch."""
     close_watches_after: float | None = None
+    instead: Callable[[web.Request], web.Response | None] = lambda request: None
+    """What is answered in place of this server, by a gateway say; None: nothing is."""
     refuse: bool = False
     """Close every connection: the server is away."""
 
@@ -161,6 +163,8 @@ class FakeCluster:
         self.requests["WATCH" if watched else request.method] += 1
         if request.headers.get("Authorization", "").lower() != f"bearer {self.token}":
             return _status(401, "Unauthorized")
+        if (other := self.faults.instead(request)) is not None:
+            return other
         if self.faults.answers and not watched:
             code, headers = self.faults.answers.pop(0)
             return _status(code, "as the test says", headers)

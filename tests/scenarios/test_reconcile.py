@@ -51,7 +51,7 @@ async def test_what_nobody_uses_makes_room_for_what_is_wanted(volume: Volume) ->
         await volume.reach(NEW, Phase.READY)
         assert volume.phase(OLD) is None
         assert not volume.store.model(OLD_KEY).exists()
-        assert volume.metrics.evictions._value.get() == 1
+        assert volume.metrics.evictions.labels(why="Space")._value.get() == 1
         await volume.until(lambda: not list((volume.store.root / layout.TRASH).iterdir()))
 
 
@@ -92,7 +92,7 @@ async def test_a_pod_that_comes_while_its_model_retires_keeps_it(volume: Volume)
         # And what was to have its room has not begun without it.
         assert ("locate", "weights.bin") not in volume.source.calls[before:]
         assert volume.reconciler.running(NEW_KEY) is None
-        assert volume.metrics.evictions._value.get() == 0
+        assert volume.metrics.evictions.labels(why="Space")._value.get() == 0
 
         # Not at once: the list that said so may be newer than the watch.
         volume.users = lambda: frozenset()
@@ -195,7 +195,7 @@ async def test_a_wish_withdrawn_during_the_seal_leaves_a_model_that_is_known(
 async def test_a_bug_in_a_job_fails_its_model_and_not_the_loop(
     volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(_: object) -> None:
+    async def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
     async with volume.turning():

@@ -5,8 +5,10 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from agent import layout
+from agent.curator import Curator
 from agent.fetch import Fetcher
 from agent.index import Index
 from agent.metrics import Metrics
@@ -14,6 +16,7 @@ from agent.model import CacheKey, ModelRef, Space, Want, cache_key
 from agent.phases import TRANSITIONS, Phase
 from agent.publish import Publisher
 from agent.reconcile import Policy, Reconciler
+from agent.scrub import Scrub
 from agent.service import Service
 from agent.sources import Sources
 from agent.status import Facts
@@ -47,7 +50,8 @@ class Witness(Publisher):
 class Volume:
     """The reconciler, and the levers of its world: clock, users, capacity, source."""
 
-    def __init__(self, home: Path, *, store: Store | None = None) -> None:
+    def __init__(self, home: Path, *, store: Store | None = None, **settings: Any) -> None:
+        self.settings = settings
         self.source = FakeSource(home / "origin")
         self.store = store or Store(home / "cache")
         self.metrics = Metrics()
@@ -63,15 +67,28 @@ class Volume:
             metrics=self.metrics,
             clock=lambda: self.now,
         )
-        self._index = Index(home / "index.sqlite3", rebuild=self.store.entries)
+        self.index = Index(home / "index.sqlite3", rebuild=self.store.entries)
+        self._slow = Engine(connections=1)
+        scrub_seconds = settings.pop("scrub_seconds", None)
+        scrub = None
+        if scrub_seconds is not None:
+            scrub = Scrub(
+                store=self.store,
+                engine=self._slow,
+                index=self.index,
+                metrics=self.metrics,
+                every_seconds=scrub_seconds,
+                clock=lambda: self.now,
+            )
         self.reconciler = Reconciler(
             store=self.store,
-            index=self._index,
+            index=self.index,
             fetcher=self.fetcher,
             publisher=self.witness,
             metrics=self.metrics,
             space=self._space,
-            policy=Policy(high=1.0, low=0.9, max_fetches=2),
+            policy=Policy(high=1.0, low=0.9, max_fetches=2, **self.settings),
+            scrub=scrub,
             in_use=self._in_use,
             clock=lambda: self.now,
             dice=lambda: 0.5,
@@ -81,6 +98,12 @@ class Volume:
             fetcher=self.fetcher,
             reconciler=self.reconciler,
             metrics=self.metrics,
+        )
+        self.curator = Curator(
+            fetcher=self.fetcher,
+            reconciler=self.reconciler,
+            index=self.index,
+            who_uses=lambda key: [],
         )
         self.loop: asyncio.Task[None] | None = None
 
@@ -111,15 +134,23 @@ class Volume:
                 with suppress(asyncio.CancelledError):
                     await self.loop
         finally:
-            await self._index.close()
+            await self.index.close()
             self._engine.close()
+            self._slow.close()
             self.store.close()
         assert not self.witness.illegal, self.witness.illegal
         assert self.metrics.illegal_transitions._value.get() == 0
 
-    def want(self, *uris: str) -> None:
-        wants = {cache_key(uri): Want(ref=ModelRef(uri=uri)) for uri in uris}
+    def want(self, *uris: str, **said: Any) -> None:
+        """`said` are fields of each `Want`."""
+        wants = {cache_key(uri): Want(ref=ModelRef(uri=uri), **said) for uri in uris}
         self.reconciler.desire(Desired(wants=wants, names={}))
+
+    async def why(self, uri: str) -> str:
+        """The first sentence."""
+        (event,) = [event async for event in self.curator.why({"model": uri})]
+        answer: str = event["answer"]
+        return answer
 
     def phase(self, uri: str) -> Phase | None:
         fact = self.reconciler.facts().get(cache_key(uri))
