@@ -1,7 +1,7 @@
 """`make bench`: a verified download by us, by curl and by huggingface_hub, from one local hub;
-then the agent on a real API server (bench/cluster.py).
+then the agent on a real API server (bench/cluster.py), and its upkeep (bench/upkeep.py).
 
-    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster]
+    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster|upkeep]
 
 Runs are interleaved (A B C A B C ...), so that a machine that slows down slows everybody. Everybody
 must end with every byte on disk and its SHA-256 known: the peers do not verify, so their digest is
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cluster
+from bench import cluster, upkeep
 from bench.origin import Origin, Shape, shapes
 from bench.peers import Peer, Result, peers
 
@@ -28,17 +28,20 @@ from bench.peers import Peer, Result, peers
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument("--only", choices=("downloads", "cluster"), help="one half of it")
+    flags.add_argument("--only", choices=("downloads", "cluster", "upkeep"), help="one part of it")
     flags.add_argument("--scale", type=float, default=1.0, help="of the sizes, to try it out")
     arguments = flags.parse_args()
     print(machine())
-    if arguments.only != "cluster":
+    only = arguments.only
+    if only in (None, "downloads"):
         downloads(arguments.runs, arguments.scale)
-    if arguments.only != "downloads":
+    if only in (None, "upkeep"):
+        upkeep.run(arguments.runs)
+    if only in (None, "cluster"):
         if cluster.available():
             cluster.run(arguments.runs)
         else:
-            print("\nNOT MEASURED: the cluster half needs its binaries; run make control-plane")
+            print("\nNOT MEASURED: the cluster part needs its binaries; run make control-plane")
 
 
 def downloads(runs: int, scale: float) -> None:
