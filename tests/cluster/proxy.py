@@ -35,6 +35,8 @@ class Proxy:
         """Tokens that are not accepted any more."""
         self.holds_watches = False
         """Answer watches with 503."""
+        self.mute = ""
+        """Say nothing on watches of a path that holds this: they stay open, and are late."""
         self.port = 0
 
     @property
@@ -104,5 +106,7 @@ class Proxy:
             with suppress(TimeoutError, aiohttp.ClientError, ConnectionResetError):
                 async with asyncio.timeout(self.watch_seconds if watched else None):
                     async for data in answer.content.iter_any():
+                        while watched and self.mute and self.mute in request.path:
+                            await asyncio.sleep(0.05)
                         await response.write(data)
             return response
