@@ -66,7 +66,16 @@ class Want:
         return self.ref.key
 
 
-Algorithm = Literal["sha256", "git-sha1"]
+Algorithm = Literal["sha256", "git-sha1", "md5", "crc64nvme", "crc32c", "crc32"]
+
+HEX_DIGITS: Mapping[Algorithm, int] = {
+    "sha256": 64,
+    "git-sha1": 40,
+    "md5": 32,
+    "crc64nvme": 16,
+    "crc32c": 8,
+    "crc32": 8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +123,18 @@ class Listing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLocator:
-    """GET this URL with these headers; ranges allowed. Headers go to this origin only."""
+    """GET this URL with these headers; ranges allowed. Headers go to this origin only, but for
+    `If-Match`, which goes wherever the bytes come from.
+
+    `fresh_until`, of time.monotonic, is for a URL that carries a signature: a refusal after it may
+    be the signature's age, and a new one may cure it; before it, the refusal means what it says.
+    `verify` is as in boto3: False for any certificate, or the path of the only authorities.
+    """
 
     url: str = field(repr=False)  # may carry a signature
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    fresh_until: float | None = None
+    verify: bool | str = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +171,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingest:
-    """A model that was begun and is not sealed: its listing is pinned on disk."""
+    """A model that was begun and is not sealed: its listing is pinned on disk.
+
+    `shared` are those of its files that have more than one name: inode and size.
+    """
 
     ref: ModelRef
     revision: str
     total: int
     done: int
+    shared: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def remaining(self) -> int:

@@ -65,7 +65,7 @@ class _Planner:
         running = [job for key, job in actual.jobs.items() if key in desired]
         self.slots = max(0, volume.max_fetches - len(running))
         self.ceiling = int(volume.capacity * volume.high)
-        self.links = Links(actual.entries.values())
+        self.links = Links([*actual.entries.values(), *actual.ingests.values()])
         reserved = sum(self._to_come(job) for job in running)
         ours = sum(entry.bytes for entry in actual.entries.values()) - self.links.saved
         ours += sum(ingest.done for ingest in actual.ingests.values())
@@ -194,12 +194,14 @@ class _Planner:
             self.actions.append(Evict(key, freed, why))
             self._freed(freed)
         else:
-            ingest = self.actual.ingests.get(key)
-            self._abandon(key, ingest.done if ingest is not None else 0)
+            begun = self.actual.ingests.get(key)
+            shared = begun.shared if begun is not None else frozenset()
+            self._abandon(Victim(key, begun.done if begun is not None else 0, shared))
 
-    def _abandon(self, key: CacheKey, size: int) -> None:
-        self.actions.append(Abandon(key, size))
-        self._freed(size)
+    def _abandon(self, victim: Victim) -> None:
+        freed = self.links.drop(victim)
+        self.actions.append(Abandon(victim.key, freed))
+        self._freed(freed)
 
     def _freed(self, size: int) -> None:
         self.room_on_disk += size
@@ -215,7 +217,7 @@ class _Planner:
                 self.actions.append(Evict(victim.key, freed))
                 self._freed(freed)
             else:
-                self._abandon(victim.key, victim.bytes)
+                self._abandon(victim)
 
     def _drain(self) -> None:
         """Above the high mark down to the low one, above the limit down to the limit."""

@@ -281,10 +281,10 @@ class Reconciler:
         self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
         for key, found, used in await looking(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
-            known.shared[key] = await looking(partial(self._store.shared, key, found))
         for key, used in (await self._index.last_uses()).items():
             known.last_used[key] = max(used, known.last_used.get(key, 0.0))
         known.asked_for = await self._index.asked()
+        await self._note_the_shared()
         known.refreshed = await self._index.refreshed()
         await self._history.open()
         known.ingests = await looking(self._store.ingests)
@@ -480,13 +480,18 @@ class Reconciler:
         for key, found in list(self._known.sealed.items()):
             try:
                 wrong = await looking(partial(self._store.damage, key, found))
-                self._known.shared[key] = await looking(partial(self._store.shared, key, found))
             except (
                 AgentError
             ) as error:  # nobody can tell now; the others are looked at all the same
                 _log.warning("cannot look at %s: %s", found.ref.uri, error.message)
             else:
                 self._note_damage(key, wrong)
+
+    async def _note_the_shared(self) -> None:
+        models = list(self._known.sealed.items())
+        self._known.shared = await looking(
+            lambda: {key: self._store.shared(key, found) for key, found in models}
+        )
 
     def _note_damage(self, key: CacheKey, missing: list[str], *, kind: str = "look") -> None:
         self._metrics.verifications.labels(kind=kind, result="damaged" if missing else "ok").inc()
@@ -604,6 +609,7 @@ class Reconciler:
         ended = self._jobs.take()
         if ended:
             self._known.ingests = await looking(self._store.ingests)
+            await self._note_the_shared()  # files of any sealed model may have been linked
         failed = []
         for end in ended:
             key = end.want.key

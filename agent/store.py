@@ -164,16 +164,19 @@ class Store:
 
     def ingests(self) -> dict[CacheKey, Ingest]:
         """What was begun and is not sealed, with how much of it is there."""
-        result = {}
-        for name in trees.names(self.root / layout.INGEST):
-            if layout.is_key(name) and (listing := self.listing(CacheKey(name))) is not None:
-                result[listing.key] = Ingest(
-                    ref=listing.ref,
-                    revision=listing.revision,
-                    total=listing.bytes,
-                    done=sum(self._written(listing.key, file) for file in listing.files),
-                )
-        return result
+        names = (name for name in trees.names(self.root / layout.INGEST) if layout.is_key(name))
+        listings = (self.listing(CacheKey(name)) for name in names)
+        return {found.key: self._begun(found) for found in listings if found is not None}
+
+    def _begun(self, listing: Listing) -> Ingest:
+        there = [found for file in listing.files if (found := self._written(listing.key, file))]
+        return Ingest(
+            ref=listing.ref,
+            revision=listing.revision,
+            total=listing.bytes,
+            done=sum(size for size, _ in there),
+            shared=frozenset(linked for _, linked in there if linked is not None),
+        )
 
     def salvaged(self) -> list[CacheKey]:
         """Files of ours whose manifest was damaged (`recover`), and that nobody has asked for yet.
@@ -189,13 +192,18 @@ class Store:
     def _is_salvage(self, key: CacheKey) -> bool:
         return self.listing(key) is None and any(trees.files_below(self.tree(key)))
 
-    def _written(self, key: CacheKey, file: RemoteFile) -> int:
+    def _written(
+        self, key: CacheKey, file: RemoteFile
+    ) -> tuple[int, tuple[int, int] | None] | None:
+        """The bytes of a file that are there, and its inode and size where another model has it."""
         for path in (self.tree(key) / file.path, self.partial(key) / file.path):
             try:
-                return min(path.lstat().st_size, file.size)
+                found = path.lstat()
             except OSError:
                 continue
-        return 0
+            linked = (found.st_ino, found.st_size) if found.st_nlink > 1 else None
+            return min(found.st_size, file.size), linked
+        return None
 
     def listing(self, key: CacheKey) -> Listing | None:
         """The pinned listing of an ingest; None if there is none, or none that can be read."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.model import Actual, CacheKey, Entry, Kept, Volume, Want
+from agent.model import Actual, CacheKey, Entry, Ingest, Kept, Volume, Want
 
 
 def keeps(
@@ -67,7 +67,7 @@ def _partial(desired: Mapping[CacheKey, Want], actual: Actual) -> list[Victim]:
     needed = actual.in_use | actual.demanded | actual.kept | actual.pinned
     needed |= actual.jobs.keys() | actual.entries.keys()
     return [
-        Victim(key, ingest.done, sealed=False, groups=_groups(desired, key))
+        Victim(key, ingest.done, ingest.shared, sealed=False, groups=_groups(desired, key))
         for key, ingest in sorted(actual.ingests.items())
         if key not in needed and ingest.done > 0 and (key not in desired or desired[key].on_demand)
     ]
@@ -79,14 +79,14 @@ def _groups(desired: Mapping[CacheKey, Want], key: CacheKey) -> frozenset[str]:
 
 
 class Links:
-    """How many sealed models hold each file that has more than one name."""
+    """How many models, sealed or begun, hold each file that has more than one name."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        self._holders = Counter(file for entry in entries for file in entry.shared)
+    def __init__(self, models: Iterable[Entry | Ingest]) -> None:
+        self._holders = Counter(file for model in models for file in model.shared)
 
     @property
     def saved(self) -> int:
-        """The bytes that sealed models have in common, counted once less than they are held."""
+        """The bytes that models have in common, counted once less than they are held."""
         return sum(size * (holders - 1) for (_, size), holders in self._holders.items())
 
     def drop(self, victim: Victim | Entry) -> int:

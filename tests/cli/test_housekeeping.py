@@ -1,5 +1,6 @@
 """plan, why, pin, unpin, evict: with an agent and without one they say and do the same."""
 
+import os
 import time
 from pathlib import Path
 
@@ -149,6 +150,24 @@ def test_pulls_evict_each_other_within_the_limit(localmodel: Machine, hub: Hub) 
     assert localmodel.sealed() == {cache_key(f"hf://{other}")}
     lines = localmodel("why", URI).ok().stdout.splitlines()
     assert lines[0].endswith("ago, because its room was needed")
+
+
+def test_what_models_share_counts_once(localmodel: Machine, hub: Hub) -> None:
+    """A fine-tune of 110 KiB beside its base of 100: a limit of 130 holds both, none is evicted."""
+    weights = os.urandom(100 * 1024)
+    hub.add("acme/base", {"model.safetensors": weights})
+    tuned = {"model.safetensors": weights, "adapter.safetensors": os.urandom(10 * 1024)}
+    hub.add("acme/tuned", tuned)
+    localmodel.environment |= {"LOCALMODEL_LIMIT": "130Ki", "LOCALMODEL_MIN_AGE": "0s"}
+    localmodel("pull", "hf://acme/base").ok()
+    done = localmodel("pull", "hf://acme/tuned").ok()
+    assert "100.0 KiB were here already" in done.stdout
+    assert len(localmodel.sealed()) == 2
+    frees = localmodel("evict", "--dry-run", "hf://acme/tuned").ok().stdout
+    assert frees == "would go  hf://acme/tuned, frees 10.0 KiB\n"
+    hub.add("acme/other", {"model.safetensors": os.urandom(100 * 1024)})
+    localmodel("pull", "hf://acme/other").ok()
+    assert localmodel.sealed() == {cache_key("hf://acme/other")}
 
 
 def test_a_pull_that_does_not_fit_is_refused_with_the_numbers(

@@ -110,6 +110,7 @@ class Simulation:
             files=1,
             sealed_at=now,
             last_used=now,
+            shared=ingest.shared,
         )
         self._volume(free=-written)
         self._change(
@@ -131,10 +132,10 @@ class Simulation:
 
     def _abandon(self, key: CacheKey) -> None:
         """Unlinked at once, as far as `free` can tell: it was never reserved."""
-        actual = self.world.actual
+        actual, before = self.world.actual, self.world
         ingest = actual.ingests.get(key)
         self._change(ingests=_without(actual.ingests, key), begun=actual.begun - {key})
-        self._volume(free=ingest.done if ingest else 0)
+        self._volume(free=given_back(before, {key}) if ingest else 0)
 
     def _finish(self, key: CacheKey) -> None:
         actual = self.world.actual

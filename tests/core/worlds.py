@@ -163,7 +163,14 @@ class _Draft:
 
     def _begin(self, ref: ModelRef, size: int) -> None:
         done = self.draw(st.sampled_from((0, size // 2, size // 2, size)))
-        self.ingests[ref.key] = Ingest(ref=ref, revision="r", total=size, done=done)
+        linked = done >= SHARED[1] and self.draw(_one_in(6))
+        self.ingests[ref.key] = Ingest(
+            ref=ref,
+            revision="r",
+            total=size,
+            done=done,
+            shared=frozenset({SHARED} if linked else ()),
+        )
 
     def _run(self, ref: ModelRef, size: int) -> None:
         if self.draw(st.booleans()):
@@ -186,7 +193,8 @@ class _Draft:
     def written(self) -> int:
         """What is on the disk of ours, as far as the nouns say."""
         sealed = sum(entry.bytes for entry in self.entries.values())
-        holders = sum(bool(entry.shared) for entry in self.entries.values())
+        models: list[Entry | Ingest] = [*self.entries.values(), *self.ingests.values()]
+        holders = sum(bool(model.shared) for model in models)
         sealed -= SHARED[1] * max(0, holders - 1)
         return sealed + sum(ingest.done for ingest in self.ingests.values())
 
@@ -289,8 +297,10 @@ def room_in_limit(world: World) -> int:
     actual, limit = world.actual, world.volume.limit
     if limit is None:
         return 10**9
-    ours = given_back(world, actual.entries.keys())
+    ours = sum(entry.bytes for entry in actual.entries.values())
     ours += sum(ingest.done for ingest in actual.ingests.values())
+    models: list[Entry | Ingest] = [*actual.entries.values(), *actual.ingests.values()]
+    ours -= SHARED[1] * max(0, sum(bool(model.shared) for model in models) - 1)
     return limit - ours - to_come(world) + given_back(world, removable(world))
 
 
@@ -314,15 +324,26 @@ def room_of_group(world: World, group: str) -> int:
 def given_back(world: World, keys: Iterable[CacheKey]) -> int:
     """What the disk gives back if all of these go, whole or begun: a file that one of several
     models has lives on in the others."""
-    total, entries = 0, world.actual.entries
-    gone = set(keys)
-    for key in gone:
-        if key in entries:
-            total += entries[key].bytes - sum(size for _, size in entries[key].shared)
-        elif key in world.actual.ingests:
-            total += world.actual.ingests[key].done
-    holders = {key for key, entry in entries.items() if entry.shared}
-    return total + (SHARED[1] if holders and holders <= gone else 0)
+    actual, gone = world.actual, set(keys)
+    total, kept = 0, False
+    for key in actual.entries.keys() | actual.ingests.keys():
+        entry, ingest = actual.entries.get(key), actual.ingests.get(key)
+        if entry is not None:
+            if key in gone:
+                total += entry.bytes - sum(size for _, size in entry.shared)
+            kept |= key not in gone and bool(entry.shared)
+        if ingest is not None:
+            goes = key in gone and entry is None  # what is begun beside a sealed model stays
+            if goes:
+                total += ingest.done - sum(size for _, size in ingest.shared)
+            kept |= not goes and bool(ingest.shared)
+    shares = any(
+        facts[key].shared
+        for facts in (actual.entries, actual.ingests)
+        for key in gone & facts.keys()
+        if facts is actual.entries or key not in actual.entries
+    )
+    return total + (SHARED[1] if shares and not kept else 0)
 
 
 def _needed(world: World) -> frozenset[CacheKey]:
