@@ -20,7 +20,7 @@ from agent.config import Settings, listen_address
 from agent.curator import Curator
 from agent.desired import DesiredDirectory
 from agent.errors import AgentError, Reason
-from agent.fetch import Fetcher
+from agent.fetch import Access, Fetcher, own_access
 from agent.files import disk_errors
 from agent.index import Index
 from agent.kube.client import Api
@@ -29,7 +29,7 @@ from agent.model import CacheKey
 from agent.processes import models_read
 from agent.publish import Publisher, Status, StatusDirectory
 from agent.reconcile import Policy, Reconciler
-from agent.removal import InUse
+from agent.removal import InUse, unknown_use
 from agent.scrub import Scrub
 from agent.server import Health, health_app, serve_socket, serve_tcp, verbs_app
 from agent.service import Service
@@ -70,6 +70,7 @@ class Surroundings:
     """None: the processes of this machine are all there is to ask."""
     in_use_now: InUse | None = None
     who_uses: Callable[[CacheKey], list[str]] = lambda key: []
+    access: Access = own_access
     retain_seconds: float = 7 * 86400.0
 
 
@@ -86,6 +87,14 @@ def _scrub(
         every_seconds=settings.scrub_days * 86400.0,
         clock=time.time,
     )
+
+
+def _without_an_agent(settings: Settings) -> Surroundings:
+    """For a command beside no agent. On a node of a cluster its pods are the users, and a command
+    does not see them."""
+    if settings.node_name is None:
+        return Surroundings()
+    return Surroundings(in_use=unknown_use, in_use_now=unknown_use)
 
 
 class _Processes:
@@ -126,7 +135,7 @@ async def open_cache(
 
     Raises Locked when another process has it, DiskMissing when its disk is not there.
     """
-    metrics, around = metrics or new_metrics(settings), around or Surroundings()
+    metrics, around = metrics or new_metrics(settings), around or _without_an_agent(settings)
     state = settings.state_directory
     volume, store = Volume(settings.root, state), Store(settings.root)
     await asyncio.to_thread(volume.check, require_dedicated=settings.require_dedicated)
@@ -143,9 +152,14 @@ async def open_cache(
                 stall_seconds=settings.stall_seconds,
                 user_agent=USER_AGENT,
             )
+            readers = _Processes(settings.root)
             slow = Engine(connections=1, read_bytes_per_second=settings.scrub_rate)
             fetcher = Fetcher(
-                store=store, sources=sources or Sources(), engine=engine, metrics=metrics
+                store=store,
+                sources=sources or Sources(),
+                engine=engine,
+                metrics=metrics,
+                access=around.access,
             )
             reconciler = Reconciler(
                 store=store,
@@ -165,8 +179,8 @@ async def open_cache(
                     ),
                 ),
                 scrub=_scrub(settings, store=store, engine=slow, index=index, metrics=metrics),
-                in_use=around.in_use or _Processes(settings.root).in_use,
-                in_use_now=around.in_use_now or _Processes(settings.root).in_use_now,
+                in_use=around.in_use or readers.in_use,
+                in_use_now=around.in_use_now or readers.in_use_now,
             )
             await reconciler.start()
             service = Service(
@@ -338,6 +352,7 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
         in_use=cluster.in_use,
         in_use_now=cluster.in_use_now,
         who_uses=cluster.who_uses,
+        access=cluster.access,
         retain_seconds=0.0,
     )
     async with open_cache(settings, metrics=metrics, around=around) as cache:

@@ -15,6 +15,7 @@ from math import inf
 from typing import Any
 
 from agent import __version__, disk, usage
+from agent.access import Access
 from agent.arrivals import Arrivals
 from agent.config import Settings
 from agent.errors import AgentError, Reason
@@ -106,6 +107,7 @@ class Cluster:
             api, node, compose=self._compose, contested=self._tell_of_another_writer
         )
         self._recorder = Recorder(api, node=node)
+        self.access = Access(api, config_namespace=settings.kserve_namespace).environment
 
     def _metadata(self, plural: str, kind: str, *, may_be_absent: bool = False) -> Watch[CacheMeta]:
         return Watch(

@@ -79,6 +79,9 @@ class Settings:
         variable="POD_NAMESPACE",
         default="localmodel-system",
     )
+    kserve_namespace: str = _setting(
+        "where KServe has its ConfigMap inferenceservice-config", default="kserve"
+    )
     require_dedicated: bool = _setting(
         "refuse a cache that is on the machine's own file system, also at the first start",
         parse=_boolean,

@@ -140,7 +140,7 @@ class Curator:
                 return action.bytes
         entry = seen.actual.entries.get(key)
         if entry is None:
-            raise AgentError(Reason.KEPT, f"{key} is not on offer here")
+            raise AgentError(Reason.INVALID_SPEC, f"{key} is not on offer here")
         kept = keeps(key, wants, seen.actual, seen.volume, seen.now)
         raise AgentError(Reason.KEPT, f"{entry.ref.uri}: {KEPT[kept] if kept else 'it stays'}")
 

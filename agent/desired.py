@@ -9,7 +9,7 @@ import asyncio
 import errno
 import stat
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -97,7 +97,10 @@ class DesiredDirectory:
         """All files together, in the order of their names: the later one is the newer one."""
         found = (error for file in self._files.values() for error in file.errors)
         caches = ((name, cache) for name, file in self._files.items() for cache in file.caches)
-        return join(caches, (*errors, *found))
+        desired = join(caches, (*errors, *found))
+        # What cannot be read may ask for any model, also for one that an earlier life knew of.
+        blind = bool(errors) or any(file.errors for file in self._files.values())
+        return replace(desired, complete=not blind)
 
 
 def _parse(path: Path, text: str) -> tuple[tuple[Cache, ...], tuple[SpecError, ...]]:

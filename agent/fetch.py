@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 from agent import manifest
@@ -73,6 +73,14 @@ class Tally:
         return time.monotonic() - self.begun_at
 
 
+Access = Callable[[Want], Awaitable[Mapping[str, str] | None]]
+"""The variables that a source is to use for one model; None: those of this process."""
+
+
+async def own_access(want: Want) -> None:
+    return None
+
+
 class Fetcher:
     """Brings models into one store."""
 
@@ -83,6 +91,7 @@ class Fetcher:
         sources: Sources,
         engine: Engine,
         metrics: Metrics,
+        access: Access = own_access,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -95,6 +104,7 @@ class Fetcher:
         self._proven: dict[Path, tuple[str | None, str]] = {}
         # Versions of files that cannot be linked: a hash of them would be in vain once more.
         self._unlinkable: set[str] = set()
+        self._access = access
         self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
         """Called, on the loop, with files of a sealed model whose bytes turned out wrong."""
 
@@ -104,7 +114,12 @@ class Fetcher:
 
     async def today(self, want: Want) -> Listing:
         """What the source has today; nothing is kept of it."""
-        return await self._sources.of(want.ref.uri).list(want.ref)
+        source = await self._source(want)
+        return await source.list(want.ref)
+
+    async def _source(self, want: Want) -> Source:
+        """With the credentials of this moment. Raises Unsupported, Unauthorized, Forbidden."""
+        return self._sources.of(want.ref.uri, await self._access(want))
 
     async def resolve(self, want: Want, tally: Tally | None = None) -> None:
         """Ask the source what the model is today, and pin the answer in the store.
@@ -121,7 +136,7 @@ class Fetcher:
         """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
         the model whose place it is to take. Raises AgentError."""
         want = tally.want
-        source = self._sources.of(want.ref.uri)
+        source = await self._source(want)
         listing = await changing(lambda: self._pinned(want))
         tally.total = listing.bytes
         digests = await self._files(source, listing, tally)
@@ -137,9 +152,13 @@ class Fetcher:
         self._metrics.download_done(scheme(want), size=listing.bytes, seconds=tally.seconds)
         return sealed
 
+    async def check_proven(self, proven: Manifest) -> None:
+        """Raise DiskError if what `fetch` has proven was written into since."""
+        await looking(lambda: self._refuse_changed(proven))
+
     async def seal(self, proven: Manifest) -> None:
         """Publish what `fetch` has proven, if it is still what was proven. Raises DiskError."""
-        await looking(lambda: self._refuse_changed(proven))
+        await self.check_proven(proven)
         await changing(lambda: self._store.seal(proven))
         self._forget(proven)
 

@@ -9,6 +9,8 @@ from agent.model import CacheKey, Entry, Past, Why
 GHOST_SECONDS = 7 * 86400.0
 """A model that is wanted again so soon after it went should not have gone."""
 
+_FOR_ROOM = frozenset({Why.SPACE, Why.EXPIRED})  # the others somebody has said
+
 
 class History:
     """Of one volume. `clock` gives Unix seconds."""
@@ -22,7 +24,7 @@ class History:
     async def open(self) -> None:
         """Learn what went not long ago, in an earlier life."""
         for past in await self._index.past(since=self._clock() - GHOST_SECONDS):
-            if past.what == "Evicted":
+            if past.what == "Evicted" and past.why in _FOR_ROOM:
                 self._ghosts[past.key] = past
             elif past.what in ("Sealed", "WantedAgain"):
                 self._ghosts.pop(past.key, None)
@@ -45,7 +47,8 @@ class History:
             age_seconds=now - entry.sealed_at,
             idle_seconds=now - entry.last_used,
         )
-        self._ghosts[entry.key] = past
+        if why in _FOR_ROOM:
+            self._ghosts[entry.key] = past
         await self._index.record_past(past)
 
     async def damaged(self, key: CacheKey, uri: str, paths: list[str]) -> None:

@@ -104,6 +104,21 @@ class Known:
             )
         )
 
+    def overtaken(self, wants: Mapping[CacheKey, Want]) -> list[CacheKey]:
+        """Staged models that are not, or not any more, what is wanted in the place of another."""
+        outdated = self.outdated(wants)
+        return [
+            key
+            for key, staged in self.staged.items()
+            if key not in outdated
+            or staged.ref != wants[key].ref
+            or wants[key].expect_fingerprint not in (None, staged.fingerprint)
+        ]
+
+    def needless(self, wants: Mapping[CacheKey, Want]) -> list[CacheKey]:
+        """Sealed models beside which something was begun that nobody wants any more."""
+        return sorted(self.ingests.keys() & self.sealed.keys() - self.outdated(wants))
+
     def replace_what_is_left(self, want: Want) -> None:
         """An ingest of other patterns, that nobody asks for now, gives way to one who asks."""
         left = self.mending.get(want.key)

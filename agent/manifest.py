@@ -17,16 +17,17 @@ import hashlib
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import cast
 
 from agent.errors import AgentError, Reason
 from agent.layout import check_paths, is_one_line
-from agent.model import Digest, Entry, Listing, ModelRef, RemoteFile
+from agent.model import HEX_DIGITS, Algorithm, Digest, Entry, Listing, ModelRef, RemoteFile
 
 _HEADER = "# localmodel manifest 1"
 _DIGEST_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _FILE_LINE = re.compile(
     r"(?P<size>[0-9]{1,19}) "
-    r"(-|sha256:(?P<sha256>[0-9a-f]{64})|git-sha1:(?P<git>[0-9a-f]{40})) "
+    rf"(-|(?P<promised>{'|'.join(f'{name}:[0-9a-f]{{{n}}}' for name, n in HEX_DIGITS.items())})) "
     r"(?P<path>.+)"
 )
 
@@ -170,10 +171,9 @@ def _file(line: str, digests: dict[str, str]) -> SealedFile:
     if match is None or match["path"] not in digests:
         raise _invalid(f"file line {line[:80]!r}")
     promised = None
-    if match["sha256"] is not None:
-        promised = Digest("sha256", match["sha256"])
-    elif match["git"] is not None:
-        promised = Digest("git-sha1", match["git"])
+    if match["promised"] is not None:
+        algorithm, _, digits = match["promised"].partition(":")
+        promised = Digest(cast(Algorithm, algorithm), digits)
     return SealedFile(
         path=match["path"],
         size=int(match["size"]),

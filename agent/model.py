@@ -46,7 +46,8 @@ class Want:
     it goes `ttl_seconds` after its last use at the latest. `retain_seconds` is how long it is kept
     after it left the desired state, where that is said. `floor` is what its cache says of its size,
     in bytes, shown until its listing is known. `groups` are the node groups that ask for it.
-    Any new value of `refresh` asks the source again what the model is today (design D13).
+    Any new value of `refresh` asks the source again what the model is today (design D13). `access`
+    is what the cache says of its credentials, as JSON: names, never a secret; "" where it cannot.
     """
 
     ref: ModelRef
@@ -60,6 +61,7 @@ class Want:
     floor: int = 0
     groups: frozenset[str] = frozenset()
     refresh: str = ""
+    access: str = ""
 
     @property
     def key(self) -> CacheKey:

@@ -35,7 +35,8 @@ from agent.model import (
 from agent.victims import Links, Victim, keeps, victims
 
 STARVED_SECONDS = 3600.0
-"""Whoever has been short of room for so long gets the next room that there is (aesthetics 2.12)."""
+"""Whoever has been short of room for so long gets the next room that there is (aesthetics 2.12),
+for as long again; then others for as long, and so on: what it waits for may never end."""
 
 
 def plan(desired: Mapping[CacheKey, Want], actual: Actual, volume: Volume, *, now: float) -> Plan:
@@ -251,8 +252,11 @@ class _Planner:
         return not want.on_demand or want.key in self.actual.demanded
 
     def _is_starved(self, want: Want) -> bool:
-        since = self.actual.waiting.get(want.key, inf)
-        return self.now - since >= STARVED_SECONDS
+        return self._times_waited(want) % 2 == 1
+
+    def _times_waited(self, want: Want) -> int:
+        waited = self.now - self.actual.waiting.get(want.key, self.now)
+        return max(0, int(waited // STARVED_SECONDS))
 
     def _serve(self, want: Want) -> None:
         """Begin one missing want, or say why not."""
@@ -341,17 +345,19 @@ class _Planner:
         self._block(
             want.key, Blocked.INSUFFICIENT_CAPACITY, f"needs {quantity(need)} more; {message}"
         )
-        if self._is_starved(want) and need <= self._room_in_time():
+        if self._is_starved(want) and need <= self._room_in_time(want):
             self.kept_for = want
-        elif (since := self.actual.waiting.get(want.key)) is not None and need:
-            self._is_time(since + STARVED_SECONDS)
+        if (since := self.actual.waiting.get(want.key)) is not None:
+            self._is_time(since + STARVED_SECONDS * (1 + self._times_waited(want)))
 
-    def _room_in_time(self) -> int:
-        """The room there may be without a change of the desired state: once pods have ended."""
+    def _room_in_time(self, asking: Want) -> int:
+        """The room there may be without a change of the desired state: once pods have ended. An
+        older revision of the very model makes no room for the newer one."""
         for_good = (
             key
             for key in self.actual.entries
             if key in self.actual.pinned
+            or key == asking.key
             or ((want := self.desired.get(key)) is not None and (not want.on_demand or want.pinned))
         )
         stays = sum(self.actual.entries[key].bytes for key in for_good)

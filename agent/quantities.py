@@ -31,7 +31,7 @@ def parse_duration(text: str) -> float:
 
 def duration(seconds: float) -> str:
     """A duration as people read it, in its two largest units: 3d4h, 12m, 45s."""
-    rest, found = int(seconds), list[str]()
+    rest, found = max(0, int(seconds)), list[str]()
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, rest = divmod(rest, size)
         if count or (unit == "s" and not found):

@@ -43,6 +43,7 @@ from agent.model import (
     Stage,
     Volume,
     Want,
+    Why,
     Withdraw,
 )
 from agent.pins import Pins
@@ -133,6 +134,7 @@ class Reconciler:
         self._history = History(index, metrics, clock)
         self._pins = Pins(store.root)
         self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
+        self._stopped: AgentError | None = None
         fetcher.suspected = self._suspect
         self._list_again: set[CacheKey] = set()
         self._forgiven: set[CacheKey] = set()
@@ -198,8 +200,13 @@ class Reconciler:
 
     async def evict(self, key: CacheKey) -> int:
         """Take a sealed model away; the bytes that this frees. Raises Kept with what keeps it."""
+        if self._stopped is not None:
+            raise self._stopped
         if key not in self._outcasts:
-            self._outcasts[key] = asyncio.get_running_loop().create_future()
+            answer = asyncio.get_running_loop().create_future()
+            # Whoever asked may be gone: that is no reason to complain at exit.
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._outcasts[key] = answer
         self.wake()
         return await asyncio.shield(self._outcasts[key])
 
@@ -229,7 +236,9 @@ class Reconciler:
     def on_its_way(self, key: CacheKey) -> bool:
         """Whether somebody asked for it already, and the last try has not failed. Between the
         listing and the download, and in the queue, no job runs and yet it is coming."""
-        wanted = key in self._jobs or key in self.wants()
+        want = self._known.desired.wants.get(key)
+        asked = key in self._pulls.wants() or key in self._known.mending
+        wanted = key in self._jobs or asked or (want is not None and not want.on_demand)
         return wanted and key not in self._known.attempts
 
     def retiring(self, key: CacheKey) -> bool:
@@ -304,9 +313,8 @@ class Reconciler:
             await self._jobs.stop()
             stopped = AgentError(Reason.STOPPED, "the agent stops; bytes are kept")
             self._pulls.refuse_all(stopped)
-            for answer in self._outcasts.values():
-                if not answer.done():
-                    answer.set_exception(stopped)
+            self._refuse_the_outcast(stopped)
+            self._stopped = stopped
 
     async def _turns(self) -> None:
         while True:
@@ -325,9 +333,12 @@ class Reconciler:
                 _log.warning("cannot observe the cache: %s", error.message)
                 self._metrics.turns.labels(result="failed").inc()
                 self.trouble, self.failed_turns = error, self.failed_turns + 1
+                self._refuse_the_outcast(error)
             self.tried.set()
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.05, wake_at - self._clock())):
+                # A clock that was set back during the turn must not make this a day.
+                seconds = min(_LOOK_SECONDS, max(0.05, wake_at - self._clock()))
+                async with asyncio.timeout(seconds):
                     await self._flag.wait()
 
     async def _progress(self) -> None:
@@ -364,9 +375,12 @@ class Reconciler:
 
     async def _cancel_the_outdated(self, wants: Mapping[CacheKey, Want]) -> None:
         """A job for other patterns than those that are wanted now would publish the wrong files."""
-        for key in self._known.staged.keys() - self._known.outdated(wants):
+        for key in self._known.overtaken(wants):
             del self._known.staged[key]  # nobody wants it in the place of the other any more
-            await self._removal.abandon(key, 0)
+            await self._abandon(key, 0)
+        for key in self._known.needless(wants):
+            if key not in self._jobs:
+                await self._abandon(key, 0)
         for key, tally in self._jobs.tallies().items():
             # Nor must a newer revision be waited for while the one on offer is wrong.
             wrong = key in self._known.damaged and key in self._known.sealed
@@ -380,6 +394,8 @@ class Reconciler:
     async def observe(self, wants: Mapping[CacheKey, Want]) -> Seen:
         """Everything that a plan needs to know."""
         known, used = self._known, await self._used()
+        for key in (used or frozenset()) & known.sealed.keys():
+            await self.use(key, uses=0)  # until now; who ends while no agent runs has used it too
         known.pinned = await looking(self._pins.all)
 
         def usable(key: CacheKey, ingest: Ingest) -> bool:
@@ -416,19 +432,31 @@ class Reconciler:
         }
 
     def _answer_the_outcast(self, wants: Mapping[CacheKey, Want], seen: Seen) -> None:
-        for key, answer in list(self._outcasts.items()):
+        for key in seen.actual.outcast:  # others came during this turn, and wait for the next
+            answer = self._outcasts.pop(key)
             if answer.done():
                 continue
             entry = seen.actual.entries.get(key)
             kept = entry and keeps(key, wants, seen.actual, seen.volume, seen.now)
             why = KEPT[kept] if kept else "it is in use, or nobody can tell now; try again"
-            message = f"{entry.ref.uri}: {why}" if entry else f"{key} is not on offer here"
-            answer.set_exception(AgentError(Reason.KEPT, message))
+            if entry is None:
+                absent = f"{key} is not on offer here; see localmodel ls"
+                answer.set_exception(AgentError(Reason.INVALID_SPEC, absent))
+            else:
+                answer.set_exception(AgentError(Reason.KEPT, f"{entry.ref.uri}: {why}"))
+        if self._outcasts:
+            self.wake()
+
+    def _refuse_the_outcast(self, error: AgentError) -> None:
+        for answer in self._outcasts.values():
+            if not answer.done():
+                answer.set_exception(error)
         self._outcasts.clear()
 
     async def _used(self) -> frozenset[CacheKey] | None:
         """What pods use, and what was spared a moment ago."""
-        now, used = self._clock(), await self._in_use()
+        used = await self._in_use()
+        now = self._clock()  # and no pause before the next line: who asks why is here, too
         # A clock that was set back must not spare anything for longer.
         self._spared = {k: t for k, t in self._spared.items() if 0 < t - now <= _SPARED_SECONDS}
         return None if used is None else used | self._spared.keys()
@@ -527,7 +555,9 @@ class Reconciler:
                 await self._history.wanted(key)
                 self._run_job(tally, self._fetcher.resolve(tally.want, tally))
             case Fetch(key):
-                ingest = self._known.ingests[key]
+                ingest = self._known.ingests.get(key)
+                if ingest is None:  # somebody removed it during this turn
+                    return False
                 stage = Stage.VERIFYING if ingest.done else Stage.FETCHING
                 tally = Tally(wants[key], stage=stage, total=ingest.total)
                 staged = key in self._known.sealed
@@ -541,10 +571,13 @@ class Reconciler:
             case Exchange(key):
                 await self._exchange(key)
             case Abandon(key, size):
-                await self._removal.abandon(key, size)
-                self._known.ingests = await looking(self._store.ingests)
-                self._known.mending.pop(key, None)
+                await self._abandon(key, size)
         return True
+
+    async def _abandon(self, key: CacheKey, size: int) -> None:
+        await self._removal.abandon(key, size)
+        self._known.ingests = await looking(self._store.ingests)
+        self._known.mending.pop(key, None)
 
     async def _exchange(self, key: CacheKey) -> None:
         """The old revision goes as any model goes; then the new one is sealed in its place.
@@ -553,7 +586,12 @@ class Reconciler:
         """
         entry, staged = self._known.entry(key), self._known.staged[key]
         freed = entry.bytes - sum(size for _, size in entry.shared) if entry is not None else 0
-        if not await self._removal.retire(key, freed):
+        try:  # before the old one goes: else neither would be on offer
+            await self._fetcher.check_proven(staged)
+        except AgentError:
+            del self._known.staged[key]
+            raise
+        if not await self._removal.retire(key, freed, still=partial(self._may_go, key)):
             self._spared[key] = self._clock() + _SPARED_SECONDS
             return
         del self._known.sealed[key], self._known.staged[key]
@@ -586,10 +624,19 @@ class Reconciler:
         self._removal.sweep_soon()  # what had been begun beside it
         self.wake()
 
+    async def _may_go(self, key: CacheKey, *, why: Why | None = None) -> bool:
+        """Whether nobody has pinned it, or come to want it, since the plan was made. `why` is None
+        for a model whose place a newer revision is to take."""
+        want = self.wants().get(key)
+        if why is None:
+            return want is not None
+        return (want is None or want.on_demand) and key not in await looking(self._pins.all)
+
     async def _evict(self, action: Evict) -> bool:
         key, entry = action.key, self._known.entry(action.key)
         assert entry is not None  # it was planned a moment ago, and only this loop changes it
-        if not await self._removal.retire(key, action.bytes):
+        still = partial(self._may_go, key, why=action.why)
+        if not await self._removal.retire(key, action.bytes, still=still):
             # The watch has not heard of the pod yet, or the server cannot answer. Tried again at
             # once, that would be a loop of requests. The next candidates wait as well.
             self._spared[key] = self._clock() + _SPARED_SECONDS
@@ -655,8 +702,7 @@ class Reconciler:
         if found is None or listing is None:
             return
         if (listing.revision, listing.ref) == (found.revision, found.ref):
-            await self._removal.abandon(key, 0)
-            self._known.ingests.pop(key)
+            await self._abandon(key, 0)
             await self._note_refreshed(key)
 
     async def _note_refreshed(self, key: CacheKey) -> None:

@@ -38,8 +38,11 @@ class Removal:
         self.reclaiming = 0
         """Bytes that were retired and are not unlinked yet."""
 
-    async def retire(self, key: CacheKey, size: int) -> bool:
-        """False: somebody came, or nobody can tell; it is on offer as before."""
+    async def retire(
+        self, key: CacheKey, size: int, *, still: Callable[[], Awaitable[bool]]
+    ) -> bool:
+        """False: somebody came, or nobody can tell, or it may not go any more (`still`); it is on
+        offer as before."""
         if not await self._unused(key):  # most who come have come before it was off offer
             return False
         self.retiring.add(key)
@@ -47,7 +50,7 @@ class Removal:
             await changing(lambda: self._store.begin_retire(key))
             unused = False
             try:
-                unused = await self._unused(key)
+                unused = await self._unused(key) and await still()
             finally:  # also where nobody can tell
                 if not unused:
                     await changing(lambda: self._store.cancel_retire(key))
@@ -83,6 +86,7 @@ class Removal:
                 await looking(self._store.sweep)  # may be cut off anywhere
             except AgentError as error:
                 _log.warning("%s", error.message)
+                self.reclaiming -= promised  # what cannot be unlinked does not come back
                 await asyncio.sleep(_AGAIN_SECONDS)
                 self._trash.set()
                 continue

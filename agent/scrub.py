@@ -8,6 +8,7 @@ ago first, at a rate that leaves the disk to those who serve.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from math import inf
 
 from agent.errors import AgentError
 from agent.fetch import damaged
@@ -43,6 +44,7 @@ class Scrub:
         self._every_seconds = every_seconds
         self._clock = clock
         self._proven: dict[CacheKey, float] = {}
+        self._doubted: set[CacheKey] = set()
 
     async def run(
         self,
@@ -56,7 +58,9 @@ class Scrub:
             self._proven = {key: at for key, at in self._proven.items() if key in models}
             now = self._clock()
             ages = {key: now - self._proof(key, model) for key, model in models.items()}
-            due = [key for key, age in ages.items() if not 0 <= age < self._every_seconds]
+            self._doubted &= models.keys()
+            ages |= dict.fromkeys(self._doubted, inf)
+            due = [key for key, age in ages.items() if age >= self._every_seconds]
             if not due:
                 oldest = max(ages.values(), default=0.0)
                 await asyncio.sleep(min(_LONGEST_SECONDS, self._every_seconds - oldest))
@@ -65,7 +69,9 @@ class Scrub:
             await self._prove(key, models[key], sealed, found)
 
     def _proof(self, key: CacheKey, model: Manifest) -> float:
-        return max(self._proven.get(key, 0.0), float(model.sealed_at))
+        """The later one, unless it is of the future: a clock was there, and was set back."""
+        proofs = (self._proven.get(key, 0.0), float(model.sealed_at))
+        return max((at for at in proofs if at <= self._clock()), default=0.0)
 
     async def _prove(
         self,
@@ -88,6 +94,7 @@ class Scrub:
             found(key, bad)
             self._doubt_those_that_share(model, set(bad), sealed())
         self._proven[key] = now
+        self._doubted.discard(key)
         await self._index.record_proven(key, now)
 
     def _doubt_those_that_share(
@@ -97,4 +104,4 @@ class Scrub:
         wrong = {file.sha256 for file in model.files if file.path in bad}
         for key, other in models.items():
             if other is not model and wrong & {file.sha256 for file in other.files}:
-                self._proven[key] = self._clock() + 1.0  # of the future: no proof at all
+                self._doubted.add(key)

@@ -28,7 +28,7 @@ def keeps(
         return Kept.DEMANDED
     if key in actual.kept:
         return Kept.UNCONFIRMED
-    if now - entry.sealed_at < volume.min_age_seconds:
+    if 0 <= now - entry.sealed_at < volume.min_age_seconds:  # not of a clock that was set back
         return Kept.YOUNG
     return None
 

@@ -73,10 +73,14 @@ def _here(case: Case) -> str:
 
 
 def _gone(case: Case) -> str:
-    last = next((past for past in reversed(case.past) if past.what == "Evicted"), None)
+    came_or_went = [past for past in case.past if past.what in ("Evicted", "Sealed")]
+    last = came_or_went[-1] if came_or_went else None
+    if last is not None and last.what == "Sealed":
+        return "not here: it was, and went by no eviction: somebody removed it"
     if last is None:
         return "not here: nothing asks for it, and it is not known to have been here"
-    return f"not here: it went {duration(case.now - last.at)} ago, because {_WENT[last.why]}"
+    ago = duration(max(0.0, case.now - last.at))
+    return f"not here: it went {ago} ago, because {_WENT.get(last.why, last.why)}"
 
 
 def _waits(case: Case, facts: Facts) -> str:
@@ -88,6 +92,8 @@ def _waits(case: Case, facts: Facts) -> str:
         return f"{facts.attempt.reason.value}: {facts.attempt.message}"
     want = case.wants.get(case.key)
     if want is not None and want.on_demand and case.key not in case.actual.demanded:
+        if case.actual.in_use is None:
+            return "it is fetched on demand, and nobody can tell now whether somebody asks"
         return "it is fetched on demand, and nobody on this node asks for it"
     return "it is about to be fetched"
 

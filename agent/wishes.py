@@ -96,6 +96,7 @@ def of_node(
             _check_path(groups.get(entry.group), served)
             notes = meta.annotations if meta else {}
             asked = want(entry.uri, entry.name, notes, group=entry.group)
+            asked = replace(asked, access=entry.access)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
@@ -157,4 +158,16 @@ def _joined(first: Want | None, second: Want) -> Want:
         first,
         names=first.names | second.names,
         priority=max(first.priority, second.priority),
+        on_demand=first.on_demand and second.on_demand,
+        pinned=first.pinned or second.pinned,
+        ttl_seconds=_longer(first.ttl_seconds, second.ttl_seconds),
+        retain_seconds=_longer(first.retain_seconds, second.retain_seconds),
+        floor=max(first.floor, second.floor),
+        groups=first.groups | second.groups,
+        refresh=" ".join(sorted({first.refresh, second.refresh} - {""})),
     )
+
+
+def _longer(first: float | None, second: float | None) -> float | None:
+    """None, nothing said, wins: the one who asked for less must not decide for the other."""
+    return None if first is None or second is None else max(first, second)

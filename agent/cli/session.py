@@ -30,7 +30,9 @@ class Reader(Protocol):
 
 
 class Session(Reader, Protocol):
-    """What a verb that changes something needs."""
+    """What a verb that changes something needs. `remote`: a running agent does it."""
+
+    remote: bool
 
     def pull(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
     def curate(self, verb: str, request: dict[str, Any]) -> AsyncGenerator[Event, None]: ...
@@ -88,6 +90,8 @@ async def _agent(settings: Settings) -> AsyncIterator["_Remote | None"]:
 class _Local:
     """The verbs of this very process."""
 
+    remote = False
+
     def __init__(self, cache: "Cache") -> None:
         self._curator = cache.curator
         self.models = cache.service.models
@@ -100,6 +104,8 @@ class _Local:
 
 class _Remote:
     """The verbs of a running agent."""
+
+    remote = True
 
     def __init__(self, http: Any) -> None:
         self._http = http

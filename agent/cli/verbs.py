@@ -32,6 +32,13 @@ _LISTED = (
 )
 
 
+# Of no effect where a running agent does the work.
+_OF_THE_AGENT = (
+    *("connections", "max_rate", "stall_seconds"),
+    *("high", "low", "limit", "min_age", "retain"),
+)
+
+
 def exit_code(event: Mapping[str, Any]) -> int:
     """Of an `error` event: 2 when the request itself makes no sense, else 1."""
     return 2 if event["reason"] in _BAD_REQUEST else 1
@@ -45,6 +52,10 @@ async def pull(settings: Settings, arguments: argparse.Namespace) -> int:
         "expect_fingerprint": arguments.expect_fingerprint,
     }
     async with changing(settings) as session:
+        own = [name for name in _OF_THE_AGENT if name in vars(arguments)]
+        if session.remote and own:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+            print(f"warning: an agent runs here, and goes by its own {flags}", file=sys.stderr)
         with bar() as shown:
             async with aclosing(session.pull(request)) as events:
                 async for event in events:

@@ -1,5 +1,6 @@
 """Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
 
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,6 +59,7 @@ class ModelEntry:
     model: str
     uri: str
     group: str
+    access: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +197,7 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
             model=model,
             uri=uri,
             group=_text(item, "nodeGroup"),
+            access=_access(item),
         )
     return NodeObject(
         uid=_text(metadata, "uid"),
@@ -203,6 +206,12 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
         refused=tuple(refused.items()),
         status=_mapping(raw, "status") if raw.get("status") else {},
     )
+
+
+def _access(entry: Mapping[str, Any]) -> str:
+    """What `credentials.ask` reads of an entry, in one way of writing it."""
+    names = ("sourceModelUri", "serviceAccountName", "storage")
+    return json.dumps({name: entry[name] for name in names if name in entry}, sort_keys=True)
 
 
 def group(raw: Mapping[str, Any]) -> Group:

@@ -9,11 +9,19 @@ from collections.abc import Callable, Collection, Mapping
 from agent.errors import AgentError, Reason
 from agent.sources.base import Source
 from agent.sources.hf import HuggingFace
+from agent.sources.http import Web
 from agent.sources.local import LocalPath
+from agent.sources.s3 import S3
 
-SCHEMES: Mapping[str, Callable[[], Source]] = {
+Made = Callable[[Mapping[str, str] | None], Source]
+"""Makes a source with the variables of one cache, or (None) with those of this process."""
+
+SCHEMES: Mapping[str, Made] = {
     "hf": HuggingFace.from_environment,
-    "file": LocalPath,
+    "file": lambda environment: LocalPath(),
+    "http": Web.from_environment,
+    "https": Web.from_environment,
+    "s3": S3.from_environment,
 }
 
 _INSTEAD = {
@@ -27,15 +35,20 @@ _INSTEAD = {
 class Sources:
     """The source of a URI, made when it is first needed and kept."""
 
-    def __init__(self, schemes: Mapping[str, Callable[[], Source]] = SCHEMES) -> None:
+    def __init__(self, schemes: Mapping[str, Made] = SCHEMES) -> None:
         self._schemes = schemes
         self._made: dict[str, Source] = {}
 
-    def of(self, uri: str) -> Source:
-        """Raises Unsupported for a scheme without a source, with what to do instead."""
+    def of(self, uri: str, environment: Mapping[str, str] | None = None) -> Source:
+        """With the variables of one cache; of this process, for None.
+
+        Raises Unsupported for a scheme without a source, with what to do instead.
+        """
         scheme = scheme_of(uri, self._schemes)
+        if environment is not None:
+            return self._schemes[scheme](environment)
         if scheme not in self._made:
-            self._made[scheme] = self._schemes[scheme]()
+            self._made[scheme] = self._schemes[scheme](None)
         return self._made[scheme]
 
 
@@ -46,7 +59,8 @@ def scheme_of(uri: str, schemes: Collection[str] = SCHEMES) -> str:
         if not uri.startswith("/"):
             raise AgentError(
                 Reason.INVALID_SPEC,
-                f"{uri[:200]!r} is neither scheme://... nor an absolute path",
+                f"{uri[:200]!r} is neither scheme://... nor an absolute path; did you mean"
+                f" hf://{uri[:200]}?",
             )
         scheme = "file"
     if scheme not in schemes:

@@ -10,7 +10,7 @@ name. Read from the environment: HF_ENDPOINT, HF_TOKEN (or the token file under 
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -106,8 +106,14 @@ class HuggingFace:
         return f"HuggingFace({self._endpoint!r})"
 
     @classmethod
-    def from_environment(cls) -> "HuggingFace":
-        return cls(os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT, get_token)
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "HuggingFace":
+        """With the token of one cache, or (None) with this process's own. The hub is the
+        operator's choice, unless the cache's own container says another."""
+        own = os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT
+        if environment is None:
+            return cls(own, get_token)
+        token = environment.get("HF_TOKEN", "").strip() or None
+        return cls(environment.get("HF_ENDPOINT") or own, lambda: token)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)

@@ -89,10 +89,16 @@ class Connection:
     """One connection, through a proxy where the environment names one."""
 
     def __init__(
-        self, origin: Origin, raw: http.client.HTTPConnection, prefix: str, proxy_auth: str
+        self,
+        origin: Origin,
+        raw: http.client.HTTPConnection,
+        prefix: str,
+        proxy_auth: str,
+        verify: bool | str,
     ) -> None:
         assert raw.sock is not None  # it is connected
         self.origin = origin
+        self.verify = verify
         self.raw = raw
         # http.client forgets the socket of an answer that ends with its connection.
         self.sock: socket.socket = raw.sock
@@ -121,13 +127,20 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: list[Connection] = []  # the last given is the last to go stale
         self._closed = False
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[bool | str, ssl.SSLContext] = {}
 
-    def take(self, origin: Origin, cancellation: Cancellation, *, fresh: bool) -> Connection:
-        """A connection that this thread owns until `give` or `drop`."""
-        connection = None if fresh else self._take_idle(origin)
+    def take(
+        self,
+        origin: Origin,
+        cancellation: Cancellation,
+        *,
+        fresh: bool,
+        verify: bool | str = True,
+    ) -> Connection:
+        """A connection that this thread owns until `give` or `drop`; `verify`: see HttpLocator."""
+        connection = None if fresh else self._take_idle(origin, verify)
         if connection is None:
-            connection = self._connect(origin)
+            connection = self._connect(origin, verify)
         try:
             cancellation.attach(connection.sock)
         except Cancelled:
@@ -135,10 +148,10 @@ class Connections:
             raise
         return connection
 
-    def _take_idle(self, origin: Origin) -> Connection | None:
+    def _take_idle(self, origin: Origin, verify: bool | str) -> Connection | None:
         with self._lock:
             for at in reversed(range(len(self._idle))):
-                if self._idle[at].origin == origin:
+                if (self._idle[at].origin, self._idle[at].verify) == (origin, verify):
                     return self._idle.pop(at)
         return None
 
@@ -167,7 +180,7 @@ class Connections:
         for connection in idle:
             connection.close()
 
-    def _connect(self, origin: Origin) -> Connection:
+    def _connect(self, origin: Origin, verify: bool | str) -> Connection:
         proxy = proxy_for(origin)
         host, port = (
             (proxy.hostname or "", proxy.port or 80) if proxy else (origin.host, origin.port)
@@ -177,7 +190,7 @@ class Connections:
         prefix = ""
         if origin.scheme == "https":
             raw = http.client.HTTPSConnection(
-                host, port, timeout=self._connect_seconds, context=self._tls_context()
+                host, port, timeout=self._connect_seconds, context=self._tls_context(verify)
             )
             if proxy:
                 headers = {"Proxy-Authorization": auth} if auth else {}
@@ -192,15 +205,22 @@ class Connections:
         except BaseException:
             raw.close()  # a proxy that accepts and then says nothing leaves the socket open
             raise
-        connection = Connection(origin, raw, prefix, auth)
+        connection = Connection(origin, raw, prefix, auth, verify)
         connection.sock.settimeout(self._stall_seconds)
         return connection
 
-    def _tls_context(self) -> ssl.SSLContext:
+    def _tls_context(self, verify: bool | str) -> ssl.SSLContext:
+        """Raises OSError for a bundle that is none. One that changes needs another name."""
         with self._lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context()  # honours SSL_CERT_FILE, SSL_CERT_DIR
-            return self._tls
+            if verify not in self._tls:
+                # Without a bundle it honours SSL_CERT_FILE and SSL_CERT_DIR.
+                authorities = verify if isinstance(verify, str) else None
+                context = ssl.create_default_context(cafile=authorities)
+                if verify is False:
+                    context.check_hostname = False
+                    context.verify_mode = ssl.CERT_NONE
+                self._tls[verify] = context
+            return self._tls[verify]
 
 
 def proxy_for(origin: Origin) -> SplitResult | None:

@@ -29,9 +29,23 @@ _MAX_REDIRECTS = 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _URL_SYNTAX = "%/:?#[]@!$&'()*+,;=~"
 
+_VERSION = "If-Match"
+
 # Answers that a fresh link may cure, when they come from where the link points and not from the
 # source itself.
 _EXPIRED = frozenset({401, 403, 410})
+_EXPIRED_CODES = frozenset({"ExpiredToken", "InvalidToken"})  # of S3, with status 400
+
+_CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,60})</Code>")
+"""In the error document of an object store: S3, GCS and Azure have the same."""
+
+_CODES = {
+    "ExpiredToken": Reason.UNAUTHORIZED,
+    "InvalidToken": Reason.UNAUTHORIZED,
+    "InvalidObjectState": Reason.SOURCE_UNREADABLE,  # archived
+    "RequestTimeout": Reason.SERVER_ERROR,
+    "SlowDown": Reason.RATE_LIMITED,
+}
 
 
 class Body:
@@ -96,7 +110,9 @@ class Exchange:
         reuse = False
         try:
             where = without_query(url)
-            _check_status(response, where, linked=origin_of(url) != origin_of(locator.url))
+            linked = origin_of(url) != origin_of(locator.url)
+            _check_status(response, where, linked=linked or _stale(locator))
+            _check_version(response, locator, where)
             at, length = _placed(response, start=start, size=size, where=where)
             body = Body(response, start=at, length=length, where=where)
             yield body
@@ -117,10 +133,15 @@ class Exchange:
             origin = origin_of(url)
             # What the source gave for itself is for its own origin: not for the host it
             # redirects to, and not for itself without TLS.
-            own = locator.headers if origin == home else {}
+            # Which version it is, is no secret, and is asked of whoever sends the bytes.
+            own = {
+                name: value
+                for name, value in locator.headers.items()
+                if origin == home or name == _VERSION
+            }
             with network_errors(f"reach {origin.scheme}://{origin.host}:{origin.port}"):
                 connection, response = self._ask(
-                    origin, url, self._headers(own, start), cancellation
+                    origin, url, self._headers(own, start), locator.verify, cancellation
                 )
             if response.status not in (301, 302, 303, 307, 308):
                 return connection, response, url
@@ -149,10 +170,15 @@ class Exchange:
         return headers
 
     def _ask(
-        self, origin: Origin, url: str, headers: dict[str, str], cancellation: Cancellation
+        self,
+        origin: Origin,
+        url: str,
+        headers: dict[str, str],
+        verify: bool | str,
+        cancellation: Cancellation,
     ) -> tuple[Connection, http.client.HTTPResponse]:
         """Send the request; once more on a new connection if a kept one had been closed."""
-        connection = self._connections.take(origin, cancellation, fresh=False)
+        connection = self._connections.take(origin, cancellation, fresh=False, verify=verify)
         try:
             return connection, connection.get(url, headers)
         except BaseException as error:
@@ -161,7 +187,7 @@ class Exchange:
             if connection.fresh or not closed_meanwhile:
                 raise
         cancellation.check()
-        connection = self._connections.take(origin, cancellation, fresh=True)
+        connection = self._connections.take(origin, cancellation, fresh=True, verify=verify)
         try:
             return connection, connection.get(url, headers)
         except BaseException:
@@ -238,15 +264,48 @@ def _check_size(found: int, size: int, where: str) -> None:
         )
 
 
+def _stale(locator: HttpLocator) -> bool:
+    return locator.fresh_until is not None and time.monotonic() > locator.fresh_until
+
+
+def _check_version(response: http.client.HTTPResponse, locator: HttpLocator, where: str) -> None:
+    """Some servers ignore If-Match; what they send has an ETag all the same."""
+    asked, sent = locator.headers.get(_VERSION), response.headers.get("ETag")
+    if asked and sent and asked.strip('"') != sent.removeprefix("W/").strip('"'):
+        raise AgentError(Reason.SOURCE_CHANGED, f"{where} is another version than was listed")
+
+
+def _code(response: http.client.HTTPResponse) -> str:
+    """What a refusal is called, if its document comes soon: nobody waits for it for long."""
+    document, end = b"", time.monotonic() + 2.0
+    if "xml" not in response.headers.get("Content-Type", "").lower():
+        return ""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while len(document) < 4096 and time.monotonic() < end:
+            if not (data := response.read1(4096)):
+                break
+            document += data
+    found = _CODE.search(document)
+    return found[1].decode() if found else ""
+
+
 def _check_status(response: http.client.HTTPResponse, where: str, *, linked: bool) -> None:
-    """Raise for every status that is not a body. `linked`: another origin than the source's."""
+    """Raise for every status that is not a body.
+
+    `linked`: it is not the source itself that refuses, but where its link points, or the link.
+    """
     status = response.status
     if status in (200, 206):
         return
     # The standard's phrase and not the server's, which may be anything.
     said = f"{where} answers {status} {http.client.responses.get(status, '')}".rstrip()
-    if linked and status in _EXPIRED:
+    code = _code(response)
+    if code:
+        said = f"{said}: {code}"
+    if linked and (status in _EXPIRED or code in _EXPIRED_CODES):
         raise AgentError(Reason.LINK_EXPIRED, said)
+    if code in _CODES:
+        raise AgentError(_CODES[code], said, retry_after_seconds=_asked(response))
     if status == 429:
         raise AgentError(
             Reason.RATE_LIMITED,

@@ -17,6 +17,7 @@ from agent import layout
 from agent.errors import AgentError, Reason
 from agent.files import disk_errors
 from agent.model import Digest
+from agent.transfer.checksums import Hash, promised_hash
 from agent.transfer.connections import Cancellation, Cancelled
 from agent.transfer.throttle import Throttle
 
@@ -27,32 +28,33 @@ _WRITEBACK_BYTES = 32 * 1024 * 1024
 
 
 class Hashes:
-    """The SHA-256 for the manifest, and the git blob name where that is what was promised."""
+    """The SHA-256 for the manifest, and whatever else it was that the source promised."""
 
     def __init__(self, size: int, promised: Digest | None) -> None:
         self._promised = promised
         self._sha256 = hashlib.sha256()
-        self._git = None
-        if promised is not None and promised.algorithm == "git-sha1":
-            self._git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        self._other: Hash | None = None
+        if promised is not None and promised.algorithm != "sha256":
+            self._other = promised_hash(promised.algorithm, size)
 
     def update(self, data: memoryview) -> None:
         self._sha256.update(data)
-        if self._git is not None:
-            self._git.update(data)
+        if self._other is not None:
+            self._other.update(data)
 
     @property
     def sha256(self) -> str:
         return self._sha256.hexdigest()
 
     def keeps_the_promise(self) -> bool:
-        if self._promised is None:
-            return True
-        found = self._sha256 if self._git is None else self._git
-        return found.hexdigest() == self._promised.hex
+        return self._promised is None or self._found(self._promised) == self._promised
+
+    def _found(self, promised: Digest) -> Digest:
+        hexdigest = self.sha256 if self._other is None else self._other.hexdigest()
+        return Digest(promised.algorithm, hexdigest)
 
     def __str__(self) -> str:
-        return f"git-sha1:{self._git.hexdigest()}" if self._git else f"sha256:{self.sha256}"
+        return str(self._found(self._promised or Digest("sha256", "")))
 
 
 class Sink:

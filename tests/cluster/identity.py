@@ -13,6 +13,8 @@ from tests.cluster.kserve_crds import kserve_crds
 from tests.machine import REPOSITORY, replace, until
 
 NAMESPACE = "localmodel-system"
+KSERVE = "kserve"
+JOBS = "kserve-localmodel-jobs"
 SERVICE_ACCOUNT = "localmodel-agent"
 POLICY = "localmodel-agent-own-node"
 SERVING = "/apis/serving.kserve.io/v1alpha1"
@@ -66,6 +68,12 @@ class AgentOnNode:
         return self.plane.request(method, path, body, token=self.token, **options)
 
 
+def make_kserves_namespaces(plane: ControlPlane) -> None:
+    """As KServe's own installation leaves them."""
+    for name in (JOBS, KSERVE):
+        plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+
+
 def install(plane: ControlPlane, *, kserve: bool = False) -> None:
     """Our CRDs, or KServe's own, and everything of the overlay, until all of it is in force."""
     if kserve:
@@ -73,6 +81,7 @@ def install(plane: ControlPlane, *, kserve: bool = False) -> None:
     else:
         plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "crds")
     plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+    make_kserves_namespaces(plane)
     plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "daemonset/overlays/kserve")
     # RBAC and admission read their rules by watch, policies once a second: until they refuse for
     # the reason we ship, a test could be let through, or be refused for another reason.

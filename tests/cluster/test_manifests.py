@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT
+from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT, make_kserves_namespaces
 from tests.machine import REPOSITORY
 
 OVERLAYS = sorted(path.name for path in (REPOSITORY / "daemonset/overlays").iterdir())
@@ -34,6 +34,7 @@ def test_everything_is_created(
     private_control_plane: Callable[..., ControlPlane], overlay: str
 ) -> None:
     plane = private_control_plane(installed=False)
+    make_kserves_namespaces(plane)
     manifests = REPOSITORY / "daemonset/overlays" / overlay
     wanted = list(yaml.safe_load_all(plane.kubectl("kustomize", manifests)))
     made = plane.kubectl("apply", "-k", manifests).splitlines()

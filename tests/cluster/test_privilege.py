@@ -159,10 +159,18 @@ def test_it_cannot_change_what_it_should_hold(own: AgentOnNode) -> None:
     assert denied_by_role(own.request("DELETE", f"{NODES}/{own.node}"))
 
 
-@pytest.mark.parametrize("namespace", [JOBS, NAMESPACE, "default", "kube-system"])
+def test_of_the_job_namespace_it_reads_a_secret_by_name_and_lists_none(own: AgentOnNode) -> None:
+    secrets = f"/api/v1/namespaces/{JOBS}/secrets"
+    made = {"metadata": {"name": f"secret-{own.node}"}, "stringData": {"token": "hidden"}}
+    own.plane.request("POST", secrets, made).ok()
+    own.request("GET", f"{secrets}/secret-{own.node}").ok()
+    for path in (secrets, f"{secrets}?watch=1&timeoutSeconds=1"):
+        assert denied_by_role(own.request("GET", path))
+    assert denied_by_role(own.request("DELETE", f"{secrets}/secret-{own.node}"))
+
+
+@pytest.mark.parametrize("namespace", [NAMESPACE, "kserve", "default", "kube-system"])
 def test_it_cannot_read_a_secret(own: AgentOnNode, namespace: str) -> None:
-    if namespace == JOBS:
-        own.plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": JOBS}})
     secrets = f"/api/v1/namespaces/{namespace}/secrets"
     made = {"metadata": {"name": f"secret-{own.node}"}, "stringData": {"token": "hidden"}}
     own.plane.request("POST", secrets, made).ok()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT
+from tests.cluster.identity import JOBS, KSERVE, NAMESPACE, SERVICE_ACCOUNT
 from tests.cluster.nodes import Node
 from tests.conftest import URI
 from tests.machine import until
@@ -18,10 +18,18 @@ LAST: Call = ("coordination.k8s.io", "leases", "update")
 
 def granted(node: Node) -> set[Call]:
     cluster = node.plane.get("clusterrole", SERVICE_ACCOUNT)["rules"]
-    role = node.plane.get("role", SERVICE_ACCOUNT, "-n", NAMESPACE)["rules"]
+    roles = [
+        rule
+        for name, namespace in (
+            (SERVICE_ACCOUNT, NAMESPACE),
+            (f"{SERVICE_ACCOUNT}-credentials", JOBS),
+            (f"{SERVICE_ACCOUNT}-configuration", KSERVE),
+        )
+        for rule in node.plane.get("role", name, "-n", namespace)["rules"]
+    ]
     return {
         (group, resource, verb)
-        for rule in cluster + role
+        for rule in cluster + roles
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
@@ -54,9 +62,14 @@ def calls(node: Node) -> set[Call]:
 
 
 def test_every_rule_is_used_and_every_call_is_allowed(node: Node) -> None:
-    node.want(tiny=URI, broken="hf://acme/not-there")  # what is broken is told by an Event
+    node.want_entries(
+        {"modelName": "tiny", "sourceModelUri": URI},
+        # What is broken is told by an Event; what is named is read.
+        {"modelName": "a", "sourceModelUri": "hf://a/b", "serviceAccountName": "not-there"},
+        {"modelName": "b", "sourceModelUri": "hf://b/c", "storage": {"key": "not-there"}},
+    )
     agent = node.start()
-    node.wait_words(agent, tiny="ModelDownloaded", broken="ModelDownloadError")
+    node.wait_words(agent, tiny="ModelDownloaded", a="ModelDownloadError", b="ModelDownloadError")
     until(lambda: granted(node) - RARE <= calls(node) | {LAST}, agent.log_text)
     assert agent.stop() == 0
     assert LAST in calls(node)

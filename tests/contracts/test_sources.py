@@ -21,8 +21,10 @@ from agent.sources import Source, Sources
 from agent.sources.base import selected
 from agent.sources.hf import HuggingFace
 from agent.sources.local import LocalPath
+from agent.sources.s3 import S3
 from tests.contracts.source_contract import FILES, SourceContract, World, bring
 from tests.fakes.hub import Hub
+from tests.fakes.s3 import SECRET, Store
 from tests.fakes.source import FakeSource
 
 REPO = "acme/tiny"
@@ -162,6 +164,44 @@ class LocalWorld(World):
         return str(root)
 
 
+class StoreWorld(World):
+    secrets = (SECRET,)
+    malformed = (
+        *("s3://", "s3:///key", "s3:bucket", "S3://bucket", "s3://b", "s3://bucket:1/x", ""),
+        *("s3://user@bucket/x", "s3://bücket/x", "s3://bucket/a\nb", "s3://bu cket", "bucket/x"),
+        *("s3://" + "b" * 64, "s3://bucket?x=1", "s3://arn:aws:s3:::bucket/x"),
+    )
+    well_formed = (
+        *("s3://bucket", "s3://bucket/", "s3://foo.bar-1/x", "s3://Old_Bucket/x", "s3://bucket/a/"),
+        *("s3://bucket//a", "s3://bucket/a b+c%20d?e#f", "s3://bucket/zoë", "s3://bucket/a/../b"),
+    )
+    missing = (
+        ("s3://absent", Reason.REPOSITORY_NOT_FOUND),
+        ("s3://absent/tiny", Reason.REPOSITORY_NOT_FOUND),
+        ("s3://models/absent", Reason.EMPTY_LISTING),
+        ("s3://models/tin", Reason.EMPTY_LISTING),
+        ("s3://models/tiny/config.json/", Reason.EMPTY_LISTING),
+    )
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.publish(FILES)
+        self.source: Source = S3(store.environment)
+
+    def publish(self, files: Mapping[str, bytes]) -> str:
+        below = {f"tiny/{path}": data for path, data in files.items()}
+        self.store.put("models", {**below, "tiny-2/not.bin": b"ours", "tiny2.txt": b"not"})
+        return "s3://models/tiny"
+
+    def hostile(self) -> Sequence[Sequence[str]]:
+        impossible = ([""], ["\ud800"], ["twice", "twice"])
+        return [names for names in EVERYWHERE_HOSTILE + NOT_ON_DISK if names not in impossible]
+
+    def publish_names(self, names: Sequence[str]) -> str:
+        self.store.put("odd", {f"x/{name}": b"x" for name in ["good.txt", *names]})
+        return "s3://odd/x"
+
+
 class TestFake(SourceContract):
     @pytest.fixture
     def world(self, tmp_path: Path) -> World:
@@ -181,6 +221,13 @@ class TestLocal(SourceContract):
     @pytest.fixture
     def world(self, tmp_path: Path) -> World:
         return LocalWorld(tmp_path / "disk")
+
+
+class TestS3(SourceContract):
+    @pytest.fixture
+    def world(self) -> Iterator[World]:
+        with Store() as store:
+            yield StoreWorld(store)
 
 
 # --- patterns -----------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ class _Draft:
         if role in ("known", "unknown", "held") and self.draw(_one_in(5)):
             self._fail(ref.key)
         if role in ("known", "unknown") and self.draw(_one_in(4)):
-            self.waiting[ref.key] = NOW - self.draw(st.sampled_from((HOUR, HOUR - 1, 2 * HOUR)))
+            self.waiting[ref.key] = NOW - self.draw(
+                st.sampled_from((HOUR, HOUR - 1, 2 * HOUR, 3 * HOUR))
+            )
 
     def _ask(self, ref: ModelRef) -> None:
         on_demand = self.draw(_one_in(4))
@@ -433,5 +435,6 @@ def idle(world: World) -> set[CacheKey]:
 
 
 def starved(world: World) -> set[CacheKey]:
-    """Short of room for an hour."""
-    return {key for key, since in world.actual.waiting.items() if world.now - since >= HOUR}
+    """Short of room for an hour, or for three, or five."""
+    waited = {key: world.now - since for key, since in world.actual.waiting.items()}
+    return {key for key, seconds in waited.items() if int(seconds // HOUR) in (1, 3, 5)}

@@ -6,7 +6,7 @@
     with source.held("locate"):
         ...  # whoever locates now, waits
 
-    Sources({"fake": lambda: source})
+    Sources({"fake": lambda environment: source})
 
 It keeps the contract that the real ones keep (`tests/contracts/source_contract.py`). The bytes lie
 in files, so the engine brings them as it brings those of `file://`.

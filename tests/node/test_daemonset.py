@@ -16,7 +16,7 @@ import yaml
 
 from agent import layout
 from agent.model import cache_key
-from tests.cluster.identity import NAMESPACE
+from tests.cluster.identity import NAMESPACE, make_kserves_namespaces
 from tests.fakes.hub import Hub, Slow
 from tests.machine import REPOSITORY, files_of, until
 from tests.node.host import ADDRESS, NAME
@@ -121,6 +121,7 @@ def agent(node: Node, hub: Hub, agent_image: Path) -> Agent:
     group = REPOSITORY / "crds/examples/localmodelnodegroup.yaml"
     plane.kubectl("apply", "--server-side", "-f", group)
     plane.kubectl("label", "node", NAME, "kserve/localmodel=worker")
+    make_kserves_namespaces(plane)
     plane.kubectl("apply", "--server-side", "-k", _overlay(hub))
     agent = Agent(node, hub)
     agent.wait_ready()

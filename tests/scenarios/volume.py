@@ -62,7 +62,7 @@ class Volume:
         self._engine = Engine()
         self.fetcher = Fetcher(
             store=self.store,
-            sources=Sources({"fake": lambda: self.source}),
+            sources=Sources({"fake": lambda environment: self.source}),
             engine=self._engine,
             metrics=self.metrics,
             clock=lambda: self.now,

@@ -1,0 +1,96 @@
+"""The credentials that a cache names, read at use and by name (design D11, kserve.md 5.2).
+
+What must be read is decided in `kube.credentials`; here it is read, and kept for a minute: a model
+of many files asks often, and a Secret that was mended should be believed soon.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent.errors import AgentError, Reason
+from agent.kube.client import Api, ApiError
+from agent.kube.credentials import Credentials, Kind, Need, ask, needs, resolve
+from agent.model import Want
+
+_KEPT_SECONDS = 60.0
+_PATHS: Mapping[Kind, str] = {
+    Kind.CONFIG_MAP: "/api/v1/namespaces/{namespace}/configmaps/{name}",
+    Kind.SERVICE_ACCOUNT: "/api/v1/namespaces/{namespace}/serviceaccounts/{name}",
+    Kind.SECRET: "/api/v1/namespaces/{namespace}/secrets/{name}",
+    Kind.STORAGE_CONTAINERS: "/apis/serving.kserve.io/v1alpha1/clusterstoragecontainers",
+}
+
+
+class Access:
+    """Reads as this agent. `config_namespace` is where KServe has its configuration."""
+
+    def __init__(
+        self, api: Api, *, config_namespace: str, ticks: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._api = api
+        self._config_namespace = config_namespace
+        self._ticks = ticks
+        self._read: dict[Need, tuple[float, Any]] = {}
+
+    async def environment(self, want: Want) -> Mapping[str, str] | None:
+        """The variables that a source is to use for one model; None: those of this process.
+
+        Raises Unauthorized for what is missing, malformed or of no use outside of a container, and
+        Forbidden for what must not be read.
+        """
+        if not want.access:
+            return None
+        asked = ask(json.loads(want.access), config_namespace=self._config_namespace)
+        objects: dict[Need, Any] = {}
+        while wanted := needs(asked, objects):
+            objects |= {need: await self._object(need) for need in wanted}
+        found = resolve(asked, objects)
+        _refuse_what_is_not_carried(found, want.ref.uri)
+        # Where it names its own, nobody else's may stand in for them (design D12).
+        return found.environment if found.own else found.environment or None
+
+    async def _object(self, need: Need) -> Any:
+        kept = self._read.get(need)
+        if kept is not None and self._ticks() - kept[0] < _KEPT_SECONDS:
+            return kept[1]
+        path = _PATHS[need.kind].format(namespace=need.namespace, name=need.name)
+        listed = need.kind is Kind.STORAGE_CONTAINERS
+        try:
+            found = await (self._api.list(path) if listed else self._api.get(path))
+        except ApiError as error:
+            # KServe's own configuration may be absent, or nobody's business of ours to read.
+            optional = (
+                need.kind is Kind.STORAGE_CONTAINERS or need.name == "inferenceservice-config"
+            )
+            if error.status == 404 or (error.status == 403 and optional):
+                found = None
+            elif error.status == 403:
+                raise AgentError(
+                    Reason.FORBIDDEN,
+                    f"{need} must not be read; bind the role localmodel-agent-credentials there",
+                ) from error
+            else:
+                raise
+        if found is not None:  # what is missing may be made at any moment
+            self._read[need] = self._ticks(), found
+        return found
+
+
+def _refuse_what_is_not_carried(found: Credentials, uri: str) -> None:
+    """What a container would have, and a source of ours does not: said, not left out.
+
+    Tried again, because the object may be changed. CA bundles are left out: those of the machine
+    and of SSL_CERT_FILE are trusted, and a server that needs another is refused by TLS.
+    """
+    if found.uri != uri:
+        raise AgentError(
+            Reason.UNAUTHORIZED, f"write the scheme and the bucket into sourceModelUri of {uri}"
+        )
+    if found.web_identity is not None and "AWS_ACCESS_KEY_ID" not in found.environment:
+        raise AgentError(
+            Reason.UNAUTHORIZED,
+            "a role for a ServiceAccount (IRSA) is not assumed for it; give the role to the"
+            " agent's own ServiceAccount, or keys in a Secret",
+        )

@@ -1,0 +1,183 @@
+"""`https://host/path/model.gguf` and `http://`: one file of any web server.
+
+Pinned by the server's ETag or by its time: what is fetched in pieces is fetched from one version. A
+server that says neither is refused, because an interrupted download could mix two versions without
+anybody noticing. `Digest` and `Repr-Digest` are promises where they are given; an ETag is none.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+
+from agent.errors import AgentError, Reason
+from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
+from agent.sources.base import pin
+
+_SECONDS = 30.0  # until the headers are there
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
+_MOST_BYTES = 2**63
+
+
+class Web:
+    """Files of web servers. `<host>-headers` of the environment is the JSON of headers for that
+    host (kserve.md 5.2)."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Web":
+        return cls(environment or {})
+
+    def __repr__(self) -> str:
+        return "<Web>"
+
+    def check(self, ref: ModelRef) -> None:
+        _name(ref.uri)
+
+    async def list(self, ref: ModelRef) -> Listing:
+        name = _name(ref.uri)
+        found = await self._looked_at(ref.uri)
+        size = found.get("Content-Length", "")
+        if not size.isdecimal() or int(size) >= _MOST_BYTES:
+            raise AgentError(Reason.BAD_RESPONSE, f"{_shown(ref.uri)} does not say its size")
+        version = _version(found)
+        if version is None:
+            raise AgentError(
+                Reason.UNSUPPORTED,
+                f"{_shown(ref.uri)} has neither ETag nor Last-Modified: an interrupted download"
+                " could mix two versions of it",
+            )
+        revision = hashlib.sha256(f"{version}\0{size}".encode()).hexdigest()[:40]
+        file = RemoteFile(
+            path=name, size=int(size), origin=name, digest=_promised(found), version=version
+        )
+        return pin(ref, revision, [file])
+
+    async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
+        version = file.version or ""
+        condition = "If-Match" if version.startswith('"') else "If-Unmodified-Since"
+        headers = self._headers(listing.ref.uri)
+        return HttpLocator(url=listing.ref.uri, headers={**headers, condition: version})
+
+    def _headers(self, uri: str) -> dict[str, str]:
+        host = urlsplit(uri).hostname or ""
+        try:
+            found = json.loads(self._environment.get(f"{host}-headers") or "{}")
+            good = all(_is_header(name, value) for name, value in found.items())
+        except (ValueError, AttributeError, RecursionError):
+            good = False
+        if not good:
+            message = f"the headers for {host} are not a JSON object of texts"
+            raise AgentError(Reason.UNAUTHORIZED, message) from None
+        return dict(found)
+
+    async def _looked_at(self, uri: str) -> Mapping[str, str]:
+        """The headers of the file. By GET, which a signed link allows where it forbids HEAD."""
+        timeout = aiohttp.ClientTimeout(total=_SECONDS)
+        headers = {**self._headers(uri), "Accept-Encoding": "identity"}
+        with _errors(uri):
+            async with (
+                aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,
+                session.get(uri, headers=headers) as answer,
+            ):
+                if answer.status != 200:
+                    raise _refused(uri, answer.status)
+                if answer.headers.get("Content-Encoding", "identity") != "identity":
+                    raise AgentError(
+                        Reason.BAD_RESPONSE, f"{_shown(uri)} is sent compressed though not asked to"
+                    )
+                answer.close()  # the rest of the body is not wanted
+                return answer.headers
+
+
+def _name(uri: str) -> str:
+    """The name of the file. Raises InvalidSpec, or Unsupported for what is no single file."""
+    try:
+        parts = urlsplit(uri)
+        host = parts.hostname
+    except ValueError as error:
+        raise AgentError(Reason.INVALID_SPEC, f"{_shown(uri)}: {error}") from error
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise AgentError(
+            Reason.INVALID_SPEC,
+            f"{_shown(uri)} must be https://host/path/file, without a user in it",
+        )
+    name = unquote(parts.path.rpartition("/")[2], errors="surrogateescape")
+    if not name:
+        raise AgentError(Reason.INVALID_SPEC, f"{_shown(uri)} names no file")
+    if name.lower().endswith(_ARCHIVES):
+        raise AgentError(
+            Reason.UNSUPPORTED,
+            f"{name} is an archive, and archives are not unpacked; host its files in a hub or an"
+            " object store",
+        )
+    return name
+
+
+def _version(found: Mapping[str, str]) -> str | None:
+    """A weak ETag names no bytes, and cannot be asked for."""
+    etag = found.get("ETag", "")
+    if etag.startswith('"') and etag.endswith('"') and len(etag) > 2 and etag.isprintable():
+        return etag
+    return found.get("Last-Modified") or None
+
+
+def _promised(found: Mapping[str, str]) -> Digest | None:
+    """RFC 9530 and its predecessor, where the digest is a SHA-256."""
+    for name in ("Repr-Digest", "Digest"):
+        match = _SHA256.search(found.get(name, ""))
+        if match is not None:
+            try:
+                return Digest("sha256", base64.b64decode(match[1], validate=True).hex())
+            except binascii.Error:
+                continue
+    return None
+
+
+def _is_header(name: str, value: object) -> bool:
+    return isinstance(value, str) and all(
+        text.isascii() and text.isprintable() for text in (name, value)
+    )
+
+
+def _shown(uri: str) -> str:
+    """Without its query, which may be a signature."""
+    return uri.partition("?")[0][:200]
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        message = f"{_shown(uri)} does not answer within {_SECONDS:g} s"
+        raise AgentError(Reason.NETWORK, message) from error
+    except aiohttp.TooManyRedirects as error:
+        raise AgentError(Reason.BAD_RESPONSE, f"{_shown(uri)} redirects without an end") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        why = type(error).__name__ if "?" in uri else str(error)[:200]
+        raise AgentError(Reason.NETWORK, f"cannot reach {_shown(uri)}: {why}") from error
+
+
+def _refused(uri: str, status: int) -> AgentError:
+    said = f"{_shown(uri)} answers {status}"
+    if status == 429:
+        return AgentError(Reason.RATE_LIMITED, said)
+    if status == 408 or status >= 500:
+        return AgentError(Reason.SERVER_ERROR, said)
+    reasons = {
+        401: Reason.UNAUTHORIZED,
+        403: Reason.UNAUTHORIZED,
+        404: Reason.FILE_NOT_FOUND,
+        410: Reason.FILE_NOT_FOUND,
+    }
+    return AgentError(reasons.get(status, Reason.BAD_RESPONSE), said)

@@ -1,0 +1,70 @@
+"""The credentials that a cache names, on the real API server and under the shipped roles."""
+
+import json
+
+from tests.cluster.identity import JOBS
+from tests.cluster.nodes import Node
+from tests.conftest import FILES, REPO, URI
+from tests.fakes.hub import Hub
+from tests.machine import files_of, until
+
+DOWNLOADED = "ModelDownloaded"
+FAILED = "ModelDownloadError"
+TOKEN = "hf_of_one_cache_only"
+
+
+def _entry(node: Node, **extra: object) -> dict[str, object]:
+    return {"modelName": "tiny", "sourceModelUri": URI, "nodeGroup": node.group, **extra}
+
+
+def _put_secret(node: Node, name: str, **values: str) -> None:
+    node.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": name, "namespace": JOBS},
+            "stringData": values,
+        }
+    )
+
+
+def test_a_secret_that_is_made_later_lets_the_model_in(node: Node, hub: Hub) -> None:
+    """Named and missing, it is said; made, it is found at the next try; and shown nowhere."""
+    hub.accept(TOKEN)
+    hub.private(REPO, tokens=[TOKEN])
+    key = f"key-{node.name}"
+    node.want_entries(_entry(node, storage={"key": key}))
+    agent = node.start()
+    node.wait_words(agent, tiny=FAILED)
+    model = node.status()["models"]["tiny"]
+    assert model["reason"] == "Unauthorized"
+    assert f"Secret {JOBS}/storage-config" in model["message"]
+    assert hub.bytes_sent() == 0
+
+    _put_secret(node, "storage-config", **{key: json.dumps({"type": "hf", "token": TOKEN})})
+    node.want_entries(_entry(node, storage={"key": key, "parameters": {}}))  # tried again now
+    node.wait_words(agent, tiny=DOWNLOADED)
+    assert files_of(node.machine.model(URI)) == FILES
+    seen = agent.log_text() + json.dumps(node.object()) + json.dumps(node.events())
+    assert TOKEN not in seen
+    assert TOKEN not in node.machine("show", URI).ok().stdout
+    assert TOKEN not in agent.get("/metrics")[1]
+
+
+def test_a_service_account_leads_to_the_token(node: Node, hub: Hub) -> None:
+    hub.accept(TOKEN)
+    hub.private(REPO, tokens=[TOKEN])
+    account = f"puller-{node.name}"
+    _put_secret(node, f"token-{node.name}", HF_TOKEN=TOKEN)
+    node.plane.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {"name": account, "namespace": JOBS},
+            "secrets": [{"name": f"token-{node.name}"}],
+        }
+    )
+    node.want_entries(_entry(node, serviceAccountName=account))
+    agent = node.start()
+    node.wait_words(agent, tiny=DOWNLOADED)
+    until(lambda: files_of(node.machine.model(URI)) == FILES, agent.log_text)

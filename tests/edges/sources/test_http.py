@@ -1,0 +1,198 @@
+"""One file of a web server, through the real engine: what it promises, and how it can cheat."""
+
+import base64
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from agent.errors import AgentError, Reason
+from agent.model import Digest, HttpLocator, ModelRef
+from agent.sources.http import Web
+from tests.contracts.source_contract import bring
+
+WEIGHTS = b"w" * 300_000
+
+
+@dataclass
+class Server:
+    """Serves one file as its attributes say."""
+
+    url: str = ""
+    data: bytes = WEIGHTS
+    headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"one"'})
+    status: int = 200
+    chunked: bool = False
+    asked: list[dict[str, str]] = field(default_factory=list)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(dict(request.headers))
+        if self.status != 200:
+            return web.Response(status=self.status, headers=self.headers)
+        if request.headers.get("If-Match", self.headers.get("ETag")) != self.headers.get("ETag"):
+            return web.Response(status=412)
+        since, now = request.headers.get("If-Unmodified-Since"), self.headers.get("Last-Modified")
+        if since and since != now:
+            return web.Response(status=412)
+        if self.chunked:
+            response = web.StreamResponse(headers=self.headers)
+            response.enable_chunked_encoding()
+            await response.prepare(request)
+            await response.write(self.data)
+            return response
+        return web.Response(body=self.data, headers=self.headers)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    found = Server()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", found.answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield found
+    await runner.cleanup()
+
+
+def _ref(server: Server, path: str = "/models/tiny%20q4.gguf?sig=hush") -> ModelRef:
+    return ModelRef(uri=server.url + path)
+
+
+async def _refused(ref: ModelRef) -> AgentError:
+    with pytest.raises(AgentError) as caught:
+        await Web().list(ref)
+    assert "hush" not in caught.value.message
+    return caught.value
+
+
+async def test_a_file_comes_under_its_own_name(server: Server, tmp_path: Path) -> None:
+    source = Web({"127.0.0.1-headers": '{"Authorization": "Bearer hush"}'})
+    listing = await source.list(_ref(server))
+    (file,) = listing.files
+    assert (file.path, file.size, file.digest, file.version) == (
+        "tiny q4.gguf",
+        len(WEIGHTS),
+        None,
+        '"one"',
+    )
+    assert await source.list(_ref(server)) == listing
+    assert await bring(source, listing, tmp_path) == {"tiny q4.gguf": WEIGHTS}
+    assert {asked.get("Authorization") for asked in server.asked} == {"Bearer hush"}
+    located = await source.locate(listing, file)
+    assert isinstance(located, HttpLocator)
+    assert "hush" not in repr(located) + repr(source) + repr(listing.files)
+
+
+@pytest.mark.parametrize("header", ["Repr-Digest", "Digest"])
+async def test_a_digest_is_a_promise_that_is_kept(
+    header: str, server: Server, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(WEIGHTS).digest()
+    text = base64.b64encode(digest).decode()
+    server.headers[header] = f"sha-256=:{text}:" if header == "Repr-Digest" else f"SHA-256={text}"
+    listing = await Web().list(_ref(server))
+    assert listing.files[0].digest == Digest("sha256", digest.hex())
+    server.data = b"x" * len(WEIGHTS)
+    with pytest.raises(AgentError) as caught:
+        await bring(Web(), listing, tmp_path)
+    assert caught.value.reason is Reason.DIGEST_MISMATCH
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"ETag": '"one"'}, {"ETag": '"two"'}),
+        (
+            {"ETag": 'W/"one"', "Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT"},
+            {"ETag": 'W/"one"', "Last-Modified": "Wed, 21 Oct 2026 07:28:01 GMT"},
+        ),
+    ],
+)
+async def test_another_version_is_never_mixed_in(
+    first: dict[str, str], second: dict[str, str], server: Server, tmp_path: Path
+) -> None:
+    server.headers = first
+    listing = await Web().list(_ref(server))
+    server.headers, server.data = second, b"x" * len(WEIGHTS)
+    with pytest.raises(AgentError) as caught:
+        await bring(Web(), listing, tmp_path)
+    assert caught.value.reason is Reason.SOURCE_CHANGED
+    assert (await Web().list(_ref(server))).revision != listing.revision
+
+
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"weak"'}, {"ETag": "bare"}, {"ETag": '""'}])
+async def test_what_has_no_version_is_refused(headers: dict[str, str], server: Server) -> None:
+    server.headers = headers
+    error = await _refused(_ref(server))
+    assert error.reason is Reason.UNSUPPORTED
+    assert "could mix two versions" in error.message
+
+
+async def test_what_does_not_say_its_size_is_refused(server: Server) -> None:
+    server.chunked = True
+    assert (await _refused(_ref(server))).reason is Reason.BAD_RESPONSE
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (401, Reason.UNAUTHORIZED),
+        (403, Reason.UNAUTHORIZED),
+        (404, Reason.FILE_NOT_FOUND),
+        (410, Reason.FILE_NOT_FOUND),
+        (418, Reason.BAD_RESPONSE),
+        (206, Reason.BAD_RESPONSE),
+        (429, Reason.RATE_LIMITED),
+        (503, Reason.SERVER_ERROR),
+    ],
+)
+async def test_what_it_answers_is_its_reason(status: int, reason: Reason, server: Server) -> None:
+    server.status = status
+    error = await _refused(_ref(server))
+    assert error.reason is reason
+    assert str(status) in error.message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": "x\\ny"}', '{"a": "\u00e9"}'])
+async def test_headers_that_are_none_are_refused_unsaid(text: str, server: Server) -> None:
+    with pytest.raises(AgentError) as caught:
+        await Web({"127.0.0.1-headers": text}).list(_ref(server))
+    assert caught.value.reason is Reason.UNAUTHORIZED
+    assert text not in caught.value.message
+    assert server.asked == []
+
+
+async def test_nobody_there_is_a_network_error() -> None:
+    error = await _refused(ModelRef(uri="http://127.0.0.1:9/x.gguf?sig=hush"))
+    assert error.reason is Reason.NETWORK
+
+
+async def test_a_redirect_without_an_end_is_no_answer(server: Server) -> None:
+    server.status, server.headers = 302, {"Location": "/again"}
+    assert (await _refused(_ref(server))).reason is Reason.BAD_RESPONSE
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://", "https:///x", "https://host", "https://host/", "https://host/dir/"),
+        *("https://user:hush@host/x", "ftp://host/x", "https://[::1/x", "x"),
+    ],
+)
+def test_what_is_no_file_of_a_host_is_refused(uri: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        Web().check(ModelRef(uri=uri))
+    assert caught.value.reason is Reason.INVALID_SPEC
+
+
+@pytest.mark.parametrize("name", ["m.tar.gz", "m.TGZ", "m.zip", "m.tar"])
+def test_archives_are_refused_with_what_to_do_instead(name: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        Web().check(ModelRef(uri=f"https://host/{name}?x=y"))
+    assert caught.value.reason is Reason.UNSUPPORTED
+    assert "host its files" in caught.value.message

@@ -1,0 +1,124 @@
+"""The credentials of a cache, read by name from an API server that behaves as a test says."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.access import Access
+from agent.errors import AgentError, Reason
+from agent.kube.client import Api
+from agent.kube.parse import node
+from agent.model import ModelRef, Want
+from tests.contracts.cluster_contract import Noting, opened
+from tests.contracts.test_cluster import FakeWorld
+from tests.fakes.cluster import FakeCluster
+
+URI = "hf://acme/tiny"
+JOBS = "/api/v1/namespaces/kserve-localmodel-jobs"
+SECRET = "hf_0123456789_sesame"
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[FakeWorld]:
+    async with FakeCluster(tmp_path).serving() as cluster:
+        yield FakeWorld(cluster)
+
+
+@pytest.fixture
+async def api(world: FakeWorld) -> AsyncIterator[Noting]:
+    async with opened(world) as api:
+        yield api
+
+
+def _want(uri: str = URI, **entry: Any) -> Want:
+    raw = {"modelName": "tiny", "sourceModelUri": uri, **entry}
+    found = node(
+        {
+            "metadata": {"name": "n", "uid": "u", "resourceVersion": "1"},
+            "spec": {"localModels": [raw]},
+        }
+    )
+    return Want(ref=ModelRef(uri=uri), access=found.entries[0].access)
+
+
+def _secret(name: str, **data: str) -> dict[str, Any]:
+    encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+    return {"metadata": {"name": name}, "data": encoded}
+
+
+class _Clock:
+    now = 0.0
+
+
+def _access(api: Api, clock: _Clock | None = None) -> Access:
+    at = clock or _Clock()
+    return Access(api, config_namespace="kserve", ticks=lambda: at.now)
+
+
+async def test_who_names_nothing_uses_what_the_agent_has(api: Noting, world: FakeWorld) -> None:
+    assert await _access(api).environment(Want(ref=ModelRef(uri=URI))) is None
+    assert await _access(api).environment(_want()) is None
+
+
+async def test_a_key_of_storage_config_is_found_and_kept_for_a_minute(
+    api: Noting, world: FakeWorld
+) -> None:
+    entry = json.dumps({"type": "hf", "token": SECRET})
+    await world.cluster.put(f"{JOBS}/secrets/storage-config", _secret("storage-config", hub=entry))
+    clock = _Clock()
+    access, want = _access(api, clock), _want(storage={"key": "hub"})
+    assert await access.environment(want) == {"HF_TOKEN": SECRET}
+    asked = sum(world.cluster.requests.values())
+    for _ in range(50):
+        assert await access.environment(want) == {"HF_TOKEN": SECRET}
+    # What is not there is looked for again, what is there is not.
+    assert sum(world.cluster.requests.values()) <= asked + 100
+    changed = _secret("storage-config", hub=json.dumps({"type": "hf", "token": "another"}))
+    await world.cluster.put(f"{JOBS}/secrets/storage-config", changed)
+    clock.now = 61.0
+    assert await access.environment(want) == {"HF_TOKEN": "another"}
+
+
+async def test_a_service_account_leads_to_its_secrets(api: Noting, world: FakeWorld) -> None:
+    account = {"metadata": {"name": "puller"}, "secrets": [{"name": "hub-token"}]}
+    await world.cluster.put(f"{JOBS}/serviceaccounts/puller", account)
+    await world.cluster.put(f"{JOBS}/secrets/hub-token", _secret("hub-token", HF_TOKEN=SECRET))
+    found = await _access(api).environment(_want(serviceAccountName="puller"))
+    assert found is not None
+    assert found["HF_TOKEN"] == SECRET
+
+
+async def test_what_is_named_and_missing_is_said_and_heals(api: Noting, world: FakeWorld) -> None:
+    access, want = _access(api), _want(storage={"key": "hub"})
+    with pytest.raises(AgentError) as caught:
+        await access.environment(want)
+    assert caught.value.reason is Reason.UNAUTHORIZED
+    assert "kserve-localmodel-jobs/storage-config" in caught.value.message
+    entry = json.dumps({"type": "hf", "token": SECRET})
+    await world.cluster.put(f"{JOBS}/secrets/storage-config", _secret("storage-config", hub=entry))
+    assert await access.environment(want) == {"HF_TOKEN": SECRET}
+
+
+async def test_a_malformed_secret_is_named_and_not_shown(api: Noting, world: FakeWorld) -> None:
+    bad = _secret("storage-config", hub=f'{{"type": "hf", "token": "{SECRET}"')
+    await world.cluster.put(f"{JOBS}/secrets/storage-config", bad)
+    with pytest.raises(AgentError) as caught:
+        await _access(api).environment(_want(storage={"key": "hub"}))
+    assert SECRET not in caught.value.message
+    assert "storage-config" in caught.value.message
+
+
+async def test_what_a_container_could_and_we_cannot_is_refused(
+    api: Noting, world: FakeWorld
+) -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/models"}
+    account = {"metadata": {"name": "irsa", "annotations": role}, "secrets": []}
+    await world.cluster.put(f"{JOBS}/serviceaccounts/irsa", account)
+    with pytest.raises(AgentError) as caught:
+        await _access(api).environment(_want("s3://bucket/x", serviceAccountName="irsa"))
+    assert caught.value.reason is Reason.UNAUTHORIZED
+    assert "IRSA" in caught.value.message
