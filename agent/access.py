@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.errors import AgentError, Reason
 from agent.kube.client import Api, ApiError
-from agent.kube.credentials import Credentials, Kind, Need, ask, needs, resolve
+from agent.kube.credentials import CONFIG_MAP, Credentials, Kind, Need, ask, needs, resolve
 from agent.model import Want
 
 _KEPT_SECONDS = 60.0
@@ -57,13 +57,11 @@ class Access:
             return kept[1]
         path = _PATHS[need.kind].format(namespace=need.namespace, name=need.name)
         listed = need.kind is Kind.STORAGE_CONTAINERS
+        # KServe's own configuration may be absent, or nobody's business of ours to read.
+        optional = listed or need.name == CONFIG_MAP
         try:
             found = await (self._api.list(path) if listed else self._api.get(path))
         except ApiError as error:
-            # KServe's own configuration may be absent, or nobody's business of ours to read.
-            optional = (
-                need.kind is Kind.STORAGE_CONTAINERS or need.name == "inferenceservice-config"
-            )
             if error.status == 404 or (error.status == 403 and optional):
                 found = None
             elif error.status == 403:
@@ -73,7 +71,8 @@ class Access:
                 ) from error
             else:
                 raise
-        if found is not None:  # what is missing may be made at any moment
+        # What is named and missing may be made at any moment; of what is not, a minute is early.
+        if found is not None or optional:
             self._read[need] = self._ticks(), found
         return found
 

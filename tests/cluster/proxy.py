@@ -27,6 +27,8 @@ class Proxy:
         self._tls = ssl.create_default_context(cafile=str(authority))
         self.requests: Counter[str] = Counter()
         """By method, `WATCH` for a watch."""
+        self.lists: Counter[str] = Counter()
+        """Reads that are no watch, by path."""
         self.watch_seconds: float | None = None
         """Close every watch after so long."""
         self.answers: list[tuple[str, int, dict[str, str]]] = []
@@ -79,6 +81,8 @@ class Proxy:
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
         watched = request.query.get("watch") == "1"
         self.requests["WATCH" if watched else request.method] += 1
+        if request.method == "GET" and not watched:
+            self.lists[request.path] += 1
         if request.headers.get("Authorization", "").partition(" ")[2] in self.revoked:
             return web.json_response({"kind": "Status", "message": "revoked"}, status=401)
         if watched and self.holds_watches:
