@@ -4,7 +4,7 @@ import pytest
 
 from tests.core.count_actions import KINDS, MIXED, count
 
-WORLDS = 400
+WORLDS = 1000
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ _SPARE = st.sampled_from((*range(-15, 40, 3), 1000))
 _ROLES = st.sampled_from(
     ("kept",) * 5
     + ("known",) * 8
-    + ("held",) * 2
+    + ("held",) * 3
     + ("unknown", "running", "leftover", "unwanted job", "left", "left")
 )
 
@@ -237,7 +237,7 @@ def worlds(draw: st.DrawFn) -> World:
         draft.add(ModelRef(uri=f"hf://acme/{number}"), role)
     in_use = draft.in_use()
     held = draft.entries.keys() & draft.desired.keys() - draft.damaged
-    outdated = frozenset(key for key in sorted(held) if draw(_one_in(4)))
+    outdated = frozenset(key for key in sorted(held) if draw(st.booleans()))
     actual = Actual(
         entries=draft.entries,
         damaged=frozenset(draft.damaged),
@@ -252,7 +252,7 @@ def worlds(draw: st.DrawFn) -> World:
         pinned=frozenset(key for key in draft.entries if draw(_one_in(9))),
         waiting=draft.waiting,
         outdated=outdated,
-        staged=frozenset(key for key in sorted(outdated) if draw(st.booleans())),
+        staged=frozenset(key for key in sorted(outdated) if not draw(_one_in(4))),
     )
     return World(draft.desired, actual, draft.volume(), NOW, draft.sizes)
 
