@@ -71,7 +71,9 @@ class _Planner:
         ours = sum(entry.bytes for entry in actual.entries.values()) - self.links.saved
         ours += sum(ingest.done for ingest in actual.ingests.values())
         self.room_on_disk = self.ceiling - volume.used - reserved + volume.reclaiming
-        self.room_in_limit = inf if volume.limit is None else volume.limit - ours - reserved
+        self.room_in_limit = (
+            inf if volume.limit is None else volume.limit - ours - sum(map(self._promised, running))
+        )
         self.group_room = {group: self._group_room(group) for group in volume.group_limits}
         self.victims = victims(desired, actual, volume, now)
         self.kept_for: Want | None = None
@@ -111,7 +113,7 @@ class _Planner:
         if entry is not None:
             return entry.bytes
         job = self.actual.jobs.get(key)
-        return (ingest.done if ingest is not None else 0) + (self._to_come(job) if job else 0)
+        return (ingest.done if ingest is not None else 0) + (self._promised(job) if job else 0)
 
     def _to_come(self, job: Job) -> int:
         """The bytes that a running job will still write.
@@ -122,6 +124,12 @@ class _Planner:
         ingest = self.actual.ingests.get(job.key)
         bounds = (job.remaining, None if ingest is None else ingest.remaining)
         return min((bound for bound in bounds if bound is not None), default=0)
+
+    def _promised(self, job: Job) -> int:
+        """What a running job adds to what its ingest held when that was last looked at: of a limit,
+        what has arrived since then is taken as much as what is still to come."""
+        ingest = self.actual.ingests.get(job.key)
+        return (job.remaining or 0) if ingest is None else ingest.remaining
 
     def _cancel_the_unwanted(self) -> None:
         for key in sorted(self.actual.jobs):
