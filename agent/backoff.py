@@ -10,8 +10,8 @@ from agent.errors import RULES, AgentError, Reason
 from agent.model import Attempt, CacheKey
 
 _IN_PLACE_FIRST_SECONDS = 0.5
-_IN_PLACE_CAP_SECONDS = 30.0
-_RETRY_AFTER_CAP_SECONDS = 3600.0  # a header must not put a model to sleep for a day
+IN_PLACE_CAP_SECONDS = 30.0
+RETRY_AFTER_CAP_SECONDS = 3600.0  # a header must not put a model to sleep for a day
 
 Dice = Callable[[], float]
 """Uniform in [0, 1), as `random.random`."""
@@ -34,8 +34,8 @@ def in_place_delay(error: AgentError, tries: int, dice: Dice) -> float | None:
     asked = error.retry_after_seconds
     if asked is not None:
         # A long wait belongs to the model's own back-off, where it survives a restart.
-        return None if asked > _IN_PLACE_CAP_SECONDS else asked + dice()
-    return _jittered(_doubling(_IN_PLACE_FIRST_SECONDS, _IN_PLACE_CAP_SECONDS, tries), dice)
+        return None if asked > IN_PLACE_CAP_SECONDS else asked + dice()
+    return _jittered(_doubling(_IN_PLACE_FIRST_SECONDS, IN_PLACE_CAP_SECONDS, tries), dice)
 
 
 def next_attempt(
@@ -50,7 +50,7 @@ def next_attempt(
         delay = _jittered(delay, dice)
         if error.retry_after_seconds is not None:
             # Every node was told the same moment, so they spread out behind it.
-            asked = min(error.retry_after_seconds, _RETRY_AFTER_CAP_SECONDS)
+            asked = min(error.retry_after_seconds, RETRY_AFTER_CAP_SECONDS)
             delay = max(delay, asked + dice() * rule.first_seconds)
     return Attempt(
         key=key, count=count, reason=error.reason, message=error.message, retry_at=now + delay

@@ -168,7 +168,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.UNAUTHORIZED: Rule(
         first_seconds=_MINUTE,
         cap_seconds=_SLOW,
-        advice="give the agent a valid token (HF_TOKEN) that may read this repository",
+        advice="give credentials that may read it: a token (HF_TOKEN), or the keys of its store",
     ),
     Reason.GATED: Rule(
         first_seconds=_MINUTE,
@@ -178,7 +178,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.REPOSITORY_NOT_FOUND: Rule(
         first_seconds=_MINUTE,
         cap_seconds=_SLOW,
-        advice="check the owner and the name; a private repository needs a token (HF_TOKEN)",
+        advice="check its name; a private one needs credentials (HF_TOKEN, or a store's keys)",
     ),
     Reason.REVISION_NOT_FOUND: Rule(
         first_seconds=_MINUTE,

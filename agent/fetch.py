@@ -18,6 +18,7 @@ from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
 from agent.model import CacheKey, Job, Listing, Locator, RemoteFile, Stage, Want
+from agent.ratelimits import RateLimits
 from agent.sources import SCHEMES, Source, Sources
 from agent.store import Store
 from agent.threads import changing, looking
@@ -105,6 +106,7 @@ class Fetcher:
         # Versions of files that cannot be linked: a hash of them would be in vain once more.
         self._unlinkable: set[str] = set()
         self._access = access
+        self._limits = RateLimits()
         self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
         """Called, on the loop, with files of a sealed model whose bytes turned out wrong."""
 
@@ -115,7 +117,8 @@ class Fetcher:
     async def today(self, want: Want) -> Listing:
         """What the source has today; nothing is kept of it."""
         source = await self._source(want)
-        return await source.list(want.ref)
+        async with self._limits.heeding(source.host(want.ref)):
+            return await source.list(want.ref)
 
     async def _source(self, want: Want) -> Source:
         """With the credentials of this moment. Raises Unsupported, Unauthorized, Forbidden."""
@@ -195,7 +198,10 @@ class Fetcher:
             tally.add(file.size, 0)
             return digest
 
+        host = source.host(listing.ref)
+
         async def locate() -> Locator:
+            await self._limits.pause(host)
             return await source.locate(listing, file)
 
         received_bytes = self._metrics.download_bytes.labels(source=scheme(tally.want))
@@ -205,18 +211,22 @@ class Fetcher:
             received_bytes.inc(received)
 
         def on_retry(error: AgentError) -> None:
+            self._limits.heed(host, error)
             self._metrics.retries.labels(source=scheme(tally.want), reason=error.reason.value).inc()
 
-        digest = await self._engine.fetch(
-            FileJob(
-                path=self._store.partial(key) / file.path,
-                size=file.size,
-                promised=file.digest,
-                locate=locate,
-                on_bytes=on_bytes,
-                on_retry=on_retry,
-            )
+        job = FileJob(
+            path=self._store.partial(key) / file.path,
+            size=file.size,
+            promised=file.digest,
+            locate=locate,
+            on_bytes=on_bytes,
+            on_retry=on_retry,
         )
+        try:
+            digest = await self._engine.fetch(job)
+        except AgentError as error:
+            self._limits.heed(host, error)
+            raise
         await changing(lambda: self._store.promote(key, file.path))
         self._proven[proven] = (await looking(lambda: _version(proven)), digest)
         return digest

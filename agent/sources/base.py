@@ -16,6 +16,10 @@ class Source(Protocol):
         """Raise InvalidSpec if the URI cannot be one of this scheme. Looks at nothing outside."""
         ...
 
+    def host(self, ref: ModelRef) -> str:
+        """Who answers its requests, and may limit them; "" where nobody does."""
+        ...
+
     async def list(self, ref: ModelRef) -> Listing:
         """Pin the revision of today, with every selected file. Raises AgentError."""
         ...

@@ -4,7 +4,8 @@ The listing comes from `huggingface_hub`; the bytes are plain HTTPS from `resolv
 which answers with the file or with a signed link to a CDN (Xet files too). LFS files are promised
 by SHA-256, all others by their git blob name. A revision with a slash is written `refs%2Fpr%2F1`.
 A path below the repository names a directory, or one file, which is then published under its own
-name. Read from the environment: HF_ENDPOINT, HF_TOKEN (or the token file under HF_HOME).
+name. Read from the environment: HF_ENDPOINT, HF_TOKEN (or the token file under HF_HOME),
+HF_HUB_OFFLINE.
 """
 
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 import httpx2
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -40,6 +41,8 @@ from agent.threads import looking
 _URI = re.compile(r"hf://(?P<repo>[^/:]+/[^/:]+)(?::(?P<revision>[^/]*))?(?:/(?P<below>.*))?")
 _ENDPOINT = re.compile(r"https?://[^/@?#\s]+(?:/[^@?#\s]*)?", re.IGNORECASE)
 _DEFAULT_ENDPOINT = "https://huggingface.co"
+
+_TRUE = ("1", "ON", "YES", "TRUE")  # as the hub's own client reads its switches
 
 _ANSWER_SECONDS = 30.0
 _LISTING_SECONDS = 300.0
@@ -88,6 +91,7 @@ class HuggingFace:
         endpoint: str,
         token: Callable[[], str | None],
         *,
+        offline: bool = False,
         answer_seconds: float = _ANSWER_SECONDS,
         listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
@@ -99,6 +103,7 @@ class HuggingFace:
             )
         self._endpoint = endpoint.rstrip("/")
         self._ask_token = token
+        self._offline = offline
         self._answer_seconds = answer_seconds
         self._listing_seconds = listing_seconds
 
@@ -113,16 +118,21 @@ class HuggingFace:
         if environment is None:
             return cls(own, get_token)
         token = environment.get("HF_TOKEN", "").strip() or None
-        return cls(environment.get("HF_ENDPOINT") or own, lambda: token)
+        offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        return cls(environment.get("HF_ENDPOINT") or own, lambda: token, offline=offline)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
+
+    def host(self, ref: ModelRef) -> str:
+        return self._endpoint
 
     async def list(self, ref: ModelRef) -> Listing:
         # The client is synchronous; one listing is one thread for a second or two.
         return await looking(lambda: self._list(ref))
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
+        self._refuse_offline(listing.ref)
         address = _parse(listing.ref.uri)
         path = quote(address.origin(file))
         token = await looking(self._token)
@@ -130,6 +140,14 @@ class HuggingFace:
             url=f"{self._endpoint}/{address.repo}/resolve/{quote(listing.revision)}/{path}",
             headers={"Authorization": f"Bearer {token}"} if token else {},
         )
+
+    def _refuse_offline(self, ref: ModelRef) -> None:
+        """Our session has not the hook by which the client itself refuses."""
+        if self._offline or is_offline_mode():
+            raise AgentError(
+                Reason.UNSUPPORTED,
+                f"{ref.uri}: HF_HUB_OFFLINE is set, and so no hub is asked; unset it",
+            )
 
     def _token(self) -> str | None:
         """The token of this moment; None for anonymous. Raises Unauthorized, NetworkError."""
@@ -141,6 +159,7 @@ class HuggingFace:
         return token or None
 
     def _list(self, ref: ModelRef) -> Listing:
+        self._refuse_offline(ref)
         address = _parse(ref.uri)
         token = self._token()
         with (

@@ -10,12 +10,14 @@ import binascii
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
 
+from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
 from agent.sources.base import pin
@@ -42,6 +44,9 @@ class Web:
 
     def check(self, ref: ModelRef) -> None:
         _name(ref.uri)
+
+    def host(self, ref: ModelRef) -> str:
+        return urlsplit(ref.uri).netloc
 
     async def list(self, ref: ModelRef) -> Listing:
         name = _name(ref.uri)
@@ -90,7 +95,7 @@ class Web:
                 session.get(uri, headers=headers) as answer,
             ):
                 if answer.status != 200:
-                    raise _refused(uri, answer.status)
+                    raise _refused(uri, answer.status, answer.headers.get("Retry-After"))
                 if answer.headers.get("Content-Encoding", "identity") != "identity":
                     raise AgentError(
                         Reason.BAD_RESPONSE, f"{_shown(uri)} is sent compressed though not asked to"
@@ -168,12 +173,12 @@ def _errors(uri: str) -> Iterator[None]:
         raise AgentError(Reason.NETWORK, f"cannot reach {_shown(uri)}: {why}") from error
 
 
-def _refused(uri: str, status: int) -> AgentError:
+def _refused(uri: str, status: int, retry_after: str | None) -> AgentError:
     said = f"{_shown(uri)} answers {status}"
-    if status == 429:
-        return AgentError(Reason.RATE_LIMITED, said)
-    if status == 408 or status >= 500:
-        return AgentError(Reason.SERVER_ERROR, said)
+    if status in (408, 429) or status >= 500:
+        reason = Reason.RATE_LIMITED if status == 429 else Reason.SERVER_ERROR
+        seconds = retry_after_seconds(retry_after, now=time.time())
+        return AgentError(reason, said, retry_after_seconds=seconds)
     reasons = {
         401: Reason.UNAUTHORIZED,
         403: Reason.UNAUTHORIZED,

@@ -25,6 +25,9 @@ class LocalPath:
     def check(self, ref: ModelRef) -> None:
         _path(ref)
 
+    def host(self, ref: ModelRef) -> str:
+        return ""
+
     async def list(self, ref: ModelRef) -> Listing:
         return await looking(lambda: _list(ref))
 

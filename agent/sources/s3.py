@@ -102,6 +102,9 @@ class S3:
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
 
+    def host(self, ref: ModelRef) -> str:
+        return self._settings.where
+
     async def list(self, ref: ModelRef) -> Listing:
         address = _parse(ref.uri)
         try:

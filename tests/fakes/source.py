@@ -114,6 +114,9 @@ class FakeSource:
         if not _URI.fullmatch(ref.uri):
             raise AgentError(Reason.INVALID_SPEC, f"{ref.uri!r} must be fake://name")
 
+    def host(self, ref: ModelRef) -> str:
+        return ""  # its failures are told one by one
+
     async def list(self, ref: ModelRef) -> Listing:
         self.check(ref)
         await self._behave("list", ref.uri)

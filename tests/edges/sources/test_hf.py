@@ -519,3 +519,22 @@ async def test_more_than_was_announced(hub: Hub) -> None:
     hub.fault("/api/*", Long(5), times=1)
     error = await refusal(_source(hub.endpoint), ModelRef(uri=URI))
     assert error.reason is Reason.BAD_RESPONSE
+
+
+async def test_offline_by_the_hubs_own_switch_says_so(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AgentError) as caught:
+        await _source(hub.endpoint).list(ModelRef(uri=URI))
+    assert caught.value.reason is Reason.UNSUPPORTED
+    assert "HF_HUB_OFFLINE" in caught.value.message
+    assert hub.requests == []
+
+
+async def test_a_cache_may_be_offline_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    with pytest.raises(AgentError) as caught:
+        await HuggingFace.from_environment({"HF_HUB_OFFLINE": "yes"}).list(ModelRef(uri=URI))
+    assert caught.value.reason is Reason.UNSUPPORTED
+    assert hub.requests == []

@@ -152,9 +152,11 @@ async def test_what_does_not_say_its_size_is_refused(server: Server) -> None:
     ],
 )
 async def test_what_it_answers_is_its_reason(status: int, reason: Reason, server: Server) -> None:
-    server.status = status
+    server.status, server.headers = status, {"Retry-After": "7"}
     error = await _refused(_ref(server))
     assert error.reason is reason
+    waits = reason in (Reason.RATE_LIMITED, Reason.SERVER_ERROR)
+    assert error.retry_after_seconds == (7.0 if waits else None)
     assert str(status) in error.message
 
 
