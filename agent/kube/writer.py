@@ -88,7 +88,7 @@ class StatusWriter:
         failures = 0
         while True:
             self._flag.clear()
-            patch = self._patch()
+            base, patch = self._base, self._patch()
             wait = self._due(patch) - self._ticks() if patch else None
             if wait is None or wait > 0:
                 await self._flagged(wait)
@@ -98,7 +98,8 @@ class StatusWriter:
                 failures = 0
             except ApiError as error:
                 failures += 1
-                if error.status == 404:  # it is gone; the watch tells when there is another one
+                # It is gone, and the watch tells when there is another one: or has told meanwhile.
+                if error.status == 404 and self._base is base:
                     self._base = None
                 if error.status in _INVALID:
                     self._be_plain()

@@ -346,3 +346,27 @@ async def test_an_answer_that_is_no_node_is_a_failure(
             return _words(world) == {"a": DOWNLOADED}
 
         await eventually(true_at_last)
+
+
+async def test_a_404_for_the_old_object_does_not_forget_the_new_one(
+    world: FakeWorld, api: Noting, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch may tell of the new one while the answer about the old one is on its way."""
+    await world.delete(f"{NODES}/{world.node}")
+    found = await world.put(f"{NODES}/{world.node}", local_model_node(world.node))
+    answered, patch = False, api.patch
+
+    async def late(path: str, body: Json) -> Json:
+        nonlocal answered
+        if not answered:
+            answered = True
+            status.writer.seen(parse.node(found))
+            raise ApiError(404, "localmodelnodes not found")
+        return await patch(path, body)
+
+    monkeypatch.setattr(api, "patch", late)
+    async with running(status.writer.run()):
+        await status.say(words={"a": DOWNLOADED})
+        status.ticks.now += 100
+        await status.written(1)
+    assert parse.node(await world.get(f"{NODES}/{world.node}")).status == status.says
