@@ -288,6 +288,8 @@ def _object(found: tuple[str, Mapping[str, Any]]) -> RemoteFile:
         raise ValueError(f"it lists the size {size!r:.40} for {path!a:.80}")
     if not etag or not (etag.isascii() and etag.isprintable() and len(etag) <= 200):
         raise ValueError(f"it lists no ETag for {path!a:.80}, which could not be pinned")
+    if not etag.endswith('"'):  # rclone lists it bare, and answers a HEAD with the quotes
+        etag = f'"{etag}"'
     return RemoteFile(path=path, size=size, origin=entry["Key"], version=etag)
 
 

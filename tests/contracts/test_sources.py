@@ -22,10 +22,12 @@ from agent.sources.base import selected
 from agent.sources.hf import HuggingFace
 from agent.sources.local import LocalPath
 from agent.sources.s3 import S3
+from tests import stores
 from tests.contracts.source_contract import FILES, SourceContract, World, bring
 from tests.fakes.hub import Hub
 from tests.fakes.s3 import SECRET, Store
 from tests.fakes.source import FakeSource
+from tests.stores import AGREEING, RealStore
 
 REPO = "acme/tiny"
 EVERYWHERE_HOSTILE = [["line\nfeed"], ["back\\slash"], ["\x1b[31mred"], ["sub/bell\x07"]]
@@ -183,7 +185,7 @@ class StoreWorld(World):
         ("s3://models/tiny/config.json/", Reason.EMPTY_LISTING),
     )
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store | RealStore) -> None:
         self.store = store
         self.publish(FILES)
         self.source: Source = S3(store.environment)
@@ -200,6 +202,19 @@ class StoreWorld(World):
     def publish_names(self, names: Sequence[str]) -> str:
         self.store.put("odd", {f"x/{name}": b"x" for name in ["good.txt", *names]})
         return "s3://odd/x"
+
+
+class RealStoreWorld(StoreWorld):
+    """It refuses most odd names itself."""
+
+    secrets = (stores.SECRET,)
+
+    def __init__(self, store: RealStore) -> None:
+        super().__init__(store)
+        self._odd = {"versitygw": "back\\slash", "SeaweedFS": "\x1b[31mred"}[store.name]
+
+    def hostile(self) -> Sequence[Sequence[str]]:
+        return [[self._odd]]
 
 
 class TestFake(SourceContract):
@@ -228,6 +243,20 @@ class TestS3(SourceContract):
     def world(self) -> Iterator[World]:
         with Store() as store:
             yield StoreWorld(store)
+
+
+@pytest.fixture(scope="module", params=AGREEING)
+def real_store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RealStore]:
+    with AGREEING[request.param](tmp_path_factory.mktemp(request.param)) as store:
+        yield store
+
+
+class TestRealStores(SourceContract):
+    @pytest.fixture
+    def world(self, real_store: RealStore) -> World:
+        return RealStoreWorld(real_store)
 
 
 # --- patterns -----------------------------------------------------------------------------------
