@@ -1,5 +1,6 @@
 """Fixtures of the tests that run the real command: a hub, a machine, small models, small disks."""
 
+import logging
 import random
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.hub import Hub
+from tests.leaks import LogScan
 from tests.machine import Agent, Machine, machine
 
 REPO = "acme/tiny"
@@ -19,6 +21,22 @@ FILES: dict[str, bytes] = {
     "model-2.safetensors": random.Random(2).randbytes(200_000),
     "sub/notes.md": b"# notes\n",
 }
+
+
+_SCAN = LogScan()
+
+
+def pytest_configure() -> None:
+    logger = logging.getLogger("agent")
+    logger.addHandler(_SCAN)
+    logger.setLevel(logging.DEBUG)
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_in_any_log() -> Iterator[None]:
+    yield
+    found, _SCAN.found = _SCAN.found, []
+    assert not found, found
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent import layout
 from agent.cli import run
 from agent.model import CacheKey, cache_key
+from tests import leaks
 
 _T = TypeVar("_T")
 
@@ -54,6 +55,9 @@ class Done:
     code: int
     stdout: str
     stderr: str
+
+    def __post_init__(self) -> None:
+        leaks.check("what a command printed", f"{self.stdout}{self.stderr}")
 
     @property
     def json(self) -> Any:
@@ -194,6 +198,7 @@ class Machine:
             "LANG": "C.UTF-8",
             "PYTHONPATH": str(REPOSITORY),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN": leaks.TOKEN,
             **({"HF_ENDPOINT": endpoint} if endpoint else {}),
         }
         (home / "home").mkdir(parents=True)
@@ -328,6 +333,7 @@ class Machine:
             for agent in witnessed:
                 illegal = agent.metrics().get("localmodel_illegal_transitions_total")
                 assert illegal == 0, agent.log_text()
+                leaks.check("/metrics", agent.get("/metrics")[1])
         finally:
             for agent in self._agents:
                 if agent.process.poll() is None:
@@ -339,6 +345,9 @@ class Machine:
             assert "Traceback" not in text, text
             assert "never retrieved" not in text, text
             assert "illegal change" not in text, text
+            leaks.check("an agent's log", text)
+        leaks.check_files(self.root / layout.HIDDEN)
+        leaks.check_files(self.status_directory)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ __all__ = ["plugin"]
 
 KEY = cache_key(URI)
 NOW = 1_800_000_000.0
-HUB_TOKEN = "hf_TheHubMustNotBeToldOfThis"
+HUB_TOKEN = "hf_TheHubMustNotBeToldOfSesame"
 SERVING = "/apis/serving.kserve.io/v1alpha1"
 OK, WARN, FAIL = Level.OK, Level.WARN, Level.FAIL
 
@@ -514,6 +514,7 @@ def test_a_hub_that_is_silent_is_given_five_seconds(
 
 
 def test_a_token_is_found_and_never_said(localmodel: Machine, hub: Hub, tmp_path: Path) -> None:
+    del localmodel.environment["HF_TOKEN"]
     assert doctor(localmodel)["credentials"]["seen"].startswith("no token")
     home = tmp_path / "hf"
     home.mkdir()

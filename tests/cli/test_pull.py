@@ -224,23 +224,23 @@ def test_a_request_that_cannot_be_met_says_why_and_what_to_do(
 
 
 def test_a_gated_repository_says_to_accept_its_terms(localmodel: Machine, hub: Hub) -> None:
-    hub.gate(REPO, tokens=["hf_member"])
-    hub.accept("hf_stranger")
-    for environment in ({}, {"HF_TOKEN": "hf_stranger"}):
+    hub.gate(REPO, tokens=["hf_member_sesame"])
+    hub.accept("hf_stranger_sesame")
+    for environment in ({}, {"HF_TOKEN": "hf_stranger_sesame"}):
         done = localmodel.inline("pull", URI, "-o", "json", environment=environment)
         assert (done.code, done.json["reason"]) == (1, "Gated")
         assert "accept the model's terms" in done.json["advice"]
-        assert "hf_stranger" not in done.stdout + done.stderr
+        assert "hf_stranger_sesame" not in done.stdout + done.stderr
     assert localmodel.sealed() == set()
-    localmodel.inline("pull", URI, environment={"HF_TOKEN": "hf_member"}).ok()
+    localmodel.inline("pull", URI, environment={"HF_TOKEN": "hf_member_sesame"}).ok()
     assert not hub.cdn_saw_authorization
 
 
 def test_an_invalid_token_is_unauthorized(localmodel: Machine) -> None:
-    done = localmodel.inline("pull", URI, "-o", "json", environment={"HF_TOKEN": "hf_wrong"})
+    done = localmodel.inline("pull", URI, "-o", "json", environment={"HF_TOKEN": "hf_wrong_sesame"})
     assert (done.code, done.json["reason"]) in {(1, "Unauthorized"), (1, "RepositoryNotFound")}
     assert "HF_TOKEN" in done.json["advice"]
-    assert "hf_wrong" not in done.stdout + done.stderr
+    assert "hf_wrong_sesame" not in done.stdout + done.stderr
 
 
 def test_a_listing_without_files_is_refused(localmodel: Machine, hub: Hub) -> None:

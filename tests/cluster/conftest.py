@@ -1,6 +1,7 @@
 """One API server for all tests here; each test has a node of its own, so none disturbs another."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import leaks
 from tests.cluster.control_plane import ControlPlane, binaries
 from tests.cluster.identity import AgentOnNode, install
 from tests.cluster.nodes import Node
@@ -15,6 +17,11 @@ from tests.fakes.hub import Hub
 from tests.machine import machine
 
 _numbers = itertools.count(1)
+_READABLE = (
+    "/apis/serving.kserve.io/v1alpha1/localmodelnodes",
+    "/api/v1/events",
+    "/apis/coordination.k8s.io/v1/leases",
+)
 
 
 def pytest_runtest_setup() -> None:
@@ -28,6 +35,8 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
     with ControlPlane(tmp_path_factory.mktemp("control-plane")) as plane:
         install(plane)
         yield plane
+        for path in _READABLE:
+            leaks.check(path, json.dumps(plane.request("GET", path).ok()))
 
 
 @pytest.fixture

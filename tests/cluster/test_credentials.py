@@ -10,7 +10,7 @@ from tests.machine import files_of, until
 
 DOWNLOADED = "ModelDownloaded"
 FAILED = "ModelDownloadError"
-TOKEN = "hf_of_one_cache_only"
+TOKEN = "hf_sesame_of_one_cache"
 
 
 def _entry(node: Node, **extra: object) -> dict[str, object]:

@@ -229,33 +229,33 @@ def test_missing_things(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_gated_repository_shows_its_listing_and_keeps_its_files(hub: Hub, tmp_path: Path) -> None:
-    hub.gate(REPO, tokens={"hf_friend"})
-    hub.accept("hf_stranger")
+    hub.gate(REPO, tokens={"hf_friend_sesame"})
+    hub.accept("hf_stranger_sesame")
     api = HfApi(endpoint=hub.endpoint)
 
     assert api.model_info(REPO, token=False).gated == "manual"
-    for token, status in ((False, 401), ("hf_stranger", 403)):
+    for token, status in ((False, 401), ("hf_stranger_sesame", 403)):
         with pytest.raises(GatedRepoError) as caught:
             snapshot_download(REPO, endpoint=hub.endpoint, cache_dir=tmp_path / "no", token=token)
         assert caught.value.response.status_code == status
-    assert _download(hub, tmp_path / "yes", token="hf_friend") == FILES
+    assert _download(hub, tmp_path / "yes", token="hf_friend_sesame") == FILES
     assert not hub.cdn_saw_authorization
 
 
 def test_private_repository_does_not_exist_for_others(hub: Hub, tmp_path: Path) -> None:
-    hub.private(REPO, tokens={"hf_friend"})
-    hub.accept("hf_stranger")
+    hub.private(REPO, tokens={"hf_friend_sesame"})
+    hub.accept("hf_stranger_sesame")
     api = HfApi(endpoint=hub.endpoint)
-    for token in (False, "hf_stranger"):
+    for token in (False, "hf_stranger_sesame"):
         with pytest.raises(RepositoryNotFoundError) as caught:
             api.model_info(REPO, token=token)
         assert not isinstance(caught.value, GatedRepoError)
-    assert _download(hub, tmp_path / "cache", token="hf_friend") == FILES
+    assert _download(hub, tmp_path / "cache", token="hf_friend_sesame") == FILES
 
 
 def test_unknown_token_is_refused_even_where_none_is_needed(hub: Hub) -> None:
     with pytest.raises(HfHubHTTPError) as caught:
-        HfApi(endpoint=hub.endpoint).model_info(REPO, token="hf_revoked")
+        HfApi(endpoint=hub.endpoint).model_info(REPO, token="hf_revoked_sesame")
     assert caught.value.response.status_code == 401
     assert not isinstance(caught.value, RepositoryNotFoundError)
     assert "Invalid credentials in Authorization header" in str(caught.value)

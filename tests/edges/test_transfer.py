@@ -265,13 +265,13 @@ async def test_a_gated_file_says_so(hub: Hub, engine: Engine, tmp_path: Path, st
 
 
 async def test_a_gated_repository_of_the_hub(hub: Hub, engine: Engine, tmp_path: Path) -> None:
-    hub.gate(REPO, tokens={"hf_friend"})
-    hub.accept("hf_stranger")
-    for headers in ({}, {"Authorization": "Bearer hf_stranger"}):
+    hub.gate(REPO, tokens={"hf_friend_sesame"})
+    hub.accept("hf_stranger_sesame")
+    for headers in ({}, {"Authorization": "Bearer hf_stranger_sesame"}):
         download = _download(hub, tmp_path, "model.bin")
         download.headers = headers
         assert (await download.fail(engine)).reason is Reason.GATED
-    download.headers = {"Authorization": "Bearer hf_friend"}
+    download.headers = {"Authorization": "Bearer hf_friend_sesame"}
     await download.run(engine)
     assert not hub.cdn_saw_authorization
 

@@ -16,7 +16,7 @@ from tests.fakes.hub import Hub
 from tests.fakes.wire import Certificates, Proxy, Wire, make_certificates, reply
 
 DATA = noise(600_000)
-TOKEN = {"Authorization": "Bearer hf_secret"}
+TOKEN = {"Authorization": "Bearer hf_sesame"}
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -37,7 +37,7 @@ def engine() -> Iterator[Engine]:
 def hub(tmp_path: Path) -> Iterator[Hub]:
     with Hub(tmp_path / "hub") as hub:
         hub.add(REPO, {"model.bin": DATA})
-        hub.accept("hf_secret")
+        hub.accept("hf_sesame")
         yield hub
 
 
@@ -64,10 +64,10 @@ def _authorizations(server: Wire | Proxy) -> list[str | None]:
 async def test_the_hub_gets_the_token_and_the_cdn_does_not(
     hub: Hub, engine: Engine, tmp_path: Path
 ) -> None:
-    hub.private(REPO, tokens={"hf_secret"})
+    hub.private(REPO, tokens={"hf_sesame"})
     download = Download.of(url_of(hub, "model.bin"), tmp_path / "partial", DATA, headers=TOKEN)
     await download.run(engine)
-    assert [r.authorization for r in hub.requests] == ["Bearer hf_secret", None]
+    assert [r.authorization for r in hub.requests] == ["Bearer hf_sesame", None]
     assert not hub.cdn_saw_authorization
 
 
@@ -81,7 +81,7 @@ async def test_another_port_or_host_is_another_origin(
         Wire(lambda head: _to(cdn.url("/b?sig=1", host=host), status)) as source,
     ):
         await Download.of(source.url("/a"), tmp_path / "partial", DATA, headers=TOKEN).run(engine)
-    assert _authorizations(source) == ["Bearer hf_secret"]
+    assert _authorizations(source) == ["Bearer hf_sesame"]
     assert _authorizations(cdn) == [None]
     assert cdn.heads[0].startswith(b"GET /b?sig=1 HTTP/1.1\r\n")
 
@@ -94,7 +94,7 @@ async def test_another_name_of_the_same_port_is_another_origin(
 
     with Wire(answer) as server:
         await Download.of(server.url("/a"), tmp_path / "partial", DATA, headers=TOKEN).run(engine)
-    assert _authorizations(server) == ["Bearer hf_secret", None]
+    assert _authorizations(server) == ["Bearer hf_sesame", None]
 
 
 async def test_less_security_is_another_origin(
@@ -110,7 +110,7 @@ async def test_less_security_is_another_origin(
     ):
         url = source.url("/a", host="localhost")
         await Download.of(url, tmp_path / "partial", DATA, headers=TOKEN).run(engine)
-    assert _authorizations(source) == ["Bearer hf_secret"]
+    assert _authorizations(source) == ["Bearer hf_sesame"]
     assert _authorizations(plain) == [None]
 
 
@@ -125,7 +125,7 @@ async def test_the_same_origin_keeps_the_token(engine: Engine, tmp_path: Path, t
 
     with Wire(answer) as server:
         await Download.of(server.url("/a"), tmp_path / "partial", DATA, headers=TOKEN).run(engine)
-    assert _authorizations(server) == ["Bearer hf_secret"] * 2
+    assert _authorizations(server) == ["Bearer hf_sesame"] * 2
 
 
 async def test_and_so_does_the_way_back(engine: Engine, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ async def test_and_so_does_the_way_back(engine: Engine, tmp_path: Path) -> None:
 
     with Wire(lambda head: _to(home.url("/home"))) as away, Wire(answer) as home:
         await Download.of(home.url("/a"), tmp_path / "partial", DATA, headers=TOKEN).run(engine)
-    assert _authorizations(home) == ["Bearer hf_secret"] * 2
+    assert _authorizations(home) == ["Bearer hf_sesame"] * 2
     assert _authorizations(away) == [None]
 
 
@@ -304,7 +304,7 @@ async def test_http_goes_through_the_proxy(
     assert all(f"Proxy-Authorization: {BASIC}".encode() in head for head in proxy.heads)
     assert not any(b"proxy-" in head.lower() for head in proxy.inside)
     assert f"Host: {hub.endpoint.removeprefix('http://')}\r\n".encode() in proxy.heads[0]
-    assert _authorizations(proxy) == ["Bearer hf_secret", None]
+    assert _authorizations(proxy) == ["Bearer hf_sesame", None]
     assert not hub.cdn_saw_authorization
 
 
@@ -318,7 +318,7 @@ async def test_https_goes_through_a_tunnel(
         an_engine() as engine,
     ):
         hub.add(REPO, {"model.bin": DATA})
-        hub.accept("hf_secret")
+        hub.accept("hf_sesame")
         monkeypatch.setenv("HTTPS_PROXY", _with_password(proxy))
         for n in range(2):
             download = Download.of(url_of(hub, "model.bin"), tmp_path / str(n), DATA, headers=TOKEN)

@@ -45,6 +45,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from aiohttp import web
 
+from tests import leaks
 from tests.fakes.faults import (
     Body,
     Bytes,
@@ -187,7 +188,7 @@ class _State:
         self.blobs = root / "blobs"
         self.blobs.mkdir(parents=True, exist_ok=True)
         self.repos: dict[str, _Repo] = {}
-        self.tokens: set[str] = set()
+        self.tokens: set[str] = {leaks.TOKEN}
         self.links: dict[str, _Link] = {}
         self.faults = Faults()
         self.requests: list[Request] = []

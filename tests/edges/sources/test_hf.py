@@ -157,13 +157,13 @@ async def test_promises(hub: Hub) -> None:
 async def test_the_token_of_the_environment_may_change(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    hub.private(REPO, tokens={"hf_one", "hf_two", "hf_file"})
+    hub.private(REPO, tokens={"hf_one_sesame", "hf_two_sesame", "hf_file_sesame"})
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + "/")
     source, ref = Sources().of(URI), ModelRef(uri=URI)
     assert (await refusal(source, ref)).reason is Reason.REPOSITORY_NOT_FOUND
-    (tmp_path / "token").write_text("hf_file\n")
-    for token in ("hf_file", "hf_one", "hf_two"):
-        if token != "hf_file":
+    (tmp_path / "token").write_text("hf_file_sesame\n")
+    for token in ("hf_file_sesame", "hf_one_sesame", "hf_two_sesame"):
+        if token != "hf_file_sesame":
             monkeypatch.setenv("HF_TOKEN", f" {token}\n")
         hub.clear()
         listing = await source.list(ref)
@@ -172,7 +172,7 @@ async def test_the_token_of_the_environment_may_change(
         assert isinstance(locator, HttpLocator)
         assert locator.headers == {"Authorization": f"Bearer {token}"}
         assert token not in repr(locator)
-    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked_sesame")
     assert (await refusal(source, ref)).reason is Reason.UNAUTHORIZED
 
 
@@ -187,15 +187,15 @@ async def test_a_token_that_cannot_be_sent(hub: Hub) -> None:
 
 
 async def test_a_gated_repository_is_listed_and_not_given(hub: Hub, tmp_path: Path) -> None:
-    hub.gate(REPO, tokens={"hf_friend"})
-    hub.accept("hf_stranger")
-    for token in (None, "hf_stranger"):
+    hub.gate(REPO, tokens={"hf_friend_sesame"})
+    hub.accept("hf_stranger_sesame")
+    for token in (None, "hf_stranger_sesame"):
         source = _source(hub.endpoint, token)
         listing = await source.list(ModelRef(uri=URI))
         with pytest.raises(AgentError) as caught:
             await bring(source, listing, tmp_path)
         assert caught.value.reason is Reason.GATED
-    await bring(_source(hub.endpoint, "hf_friend"), listing, tmp_path)
+    await bring(_source(hub.endpoint, "hf_friend_sesame"), listing, tmp_path)
     assert not hub.cdn_saw_authorization
 
 
@@ -413,12 +413,12 @@ async def test_the_token_goes_to_the_hub_only(how: str) -> None:
         return _hub_of([_file("a", b"1")], headers=link)(head)
 
     with Wire(_hub_of([_file("b", b"1")])) as other, Wire(answer) as hub:
-        source = _source(hub.url(""), "hf_secret")
+        source = _source(hub.url(""), "hf_sesame")
         listing = await source.list(ModelRef(uri=URI))
     assert _paths(listing) == (["b"] if how == "redirect" else ["a", "b"])
-    assert all(b"Bearer hf_secret" in head for head in hub.heads)
+    assert all(b"Bearer hf_sesame" in head for head in hub.heads)
     assert len(other.heads) == 1
-    assert b"hf_secret" not in other.heads[0]
+    assert b"hf_sesame" not in other.heads[0]
 
 
 async def test_cancelled_while_the_hub_says_nothing() -> None:
@@ -483,10 +483,10 @@ async def test_through_a_proxy(
     context = certificates.server if tls else None
     with Hub(tmp_path / "hub", tls=context) as hub, Proxy(basic) as proxy:
         hub.add(REPO, FILES)
-        hub.accept("hf_secret")
+        hub.accept("hf_sesame")
         proxy_url = f"http://user:p%40ss@127.0.0.1:{proxy.port}"
         monkeypatch.setenv("https_proxy" if tls else "http_proxy", proxy_url)
-        source = _source(hub.endpoint, "hf_secret")
+        source = _source(hub.endpoint, "hf_sesame")
         listing = await source.list(ModelRef(uri=URI))
         listed = len(proxy.heads)
         assert listed
@@ -494,7 +494,7 @@ async def test_through_a_proxy(
         assert len(proxy.heads) > listed, "the files go the same way"
     for head in proxy.heads:
         assert f"Proxy-Authorization: {basic}".encode() in head
-        assert not tls or b"hf_secret" not in head
+        assert not tls or b"hf_sesame" not in head
     assert all(b"Proxy-" not in head for head in proxy.inside)
 
 

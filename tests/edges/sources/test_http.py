@@ -59,19 +59,19 @@ async def server() -> AsyncIterator[Server]:
     await runner.cleanup()
 
 
-def _ref(server: Server, path: str = "/models/tiny%20q4.gguf?sig=hush") -> ModelRef:
+def _ref(server: Server, path: str = "/models/tiny%20q4.gguf?sig=sesame") -> ModelRef:
     return ModelRef(uri=server.url + path)
 
 
 async def _refused(ref: ModelRef) -> AgentError:
     with pytest.raises(AgentError) as caught:
         await Web().list(ref)
-    assert "hush" not in caught.value.message
+    assert "sesame" not in caught.value.message
     return caught.value
 
 
 async def test_a_file_comes_under_its_own_name(server: Server, tmp_path: Path) -> None:
-    source = Web({"127.0.0.1-headers": '{"Authorization": "Bearer hush"}'})
+    source = Web({"127.0.0.1-headers": '{"Authorization": "Bearer sesame"}'})
     listing = await source.list(_ref(server))
     (file,) = listing.files
     assert (file.path, file.size, file.digest, file.version) == (
@@ -82,10 +82,10 @@ async def test_a_file_comes_under_its_own_name(server: Server, tmp_path: Path) -
     )
     assert await source.list(_ref(server)) == listing
     assert await bring(source, listing, tmp_path) == {"tiny q4.gguf": WEIGHTS}
-    assert {asked.get("Authorization") for asked in server.asked} == {"Bearer hush"}
+    assert {asked.get("Authorization") for asked in server.asked} == {"Bearer sesame"}
     located = await source.locate(listing, file)
     assert isinstance(located, HttpLocator)
-    assert "hush" not in repr(located) + repr(source) + repr(listing.files)
+    assert "sesame" not in repr(located) + repr(source) + repr(listing.files)
 
 
 @pytest.mark.parametrize("header", ["Repr-Digest", "Digest"])
@@ -170,7 +170,7 @@ async def test_headers_that_are_none_are_refused_unsaid(text: str, server: Serve
 
 
 async def test_nobody_there_is_a_network_error() -> None:
-    error = await _refused(ModelRef(uri="http://127.0.0.1:9/x.gguf?sig=hush"))
+    error = await _refused(ModelRef(uri="http://127.0.0.1:9/x.gguf?sig=sesame"))
     assert error.reason is Reason.NETWORK
 
 
@@ -183,7 +183,7 @@ async def test_a_redirect_without_an_end_is_no_answer(server: Server) -> None:
     "uri",
     [
         *("http://", "https:///x", "https://host", "https://host/", "https://host/dir/"),
-        *("https://user:hush@host/x", "ftp://host/x", "https://[::1/x", "x"),
+        *("https://user:sesame@host/x", "ftp://host/x", "https://[::1/x", "x"),
     ],
 )
 def test_what_is_no_file_of_a_host_is_refused(uri: str) -> None:
