@@ -859,6 +859,22 @@ def test_a_limit_holds_although_the_disk_has_room() -> None:
     assert decided.actions == (Evict(kept.key, 40), Fetch(new.ref.key, 30))
 
 
+def test_what_has_arrived_of_a_download_is_no_room_below_a_limit() -> None:
+    """The job has all of it; the ingest was looked at before."""
+    coming, new = replace(_ingest("coming", 40), done=0), _ingest("new", 30)
+    job = Job(key=coming.ref.key, stage=Stage.FETCHING, total=40, done=40)
+    actual = Actual(
+        entries={},
+        ingests={coming.ref.key: coming, new.ref.key: new},
+        jobs={job.key: job},
+        in_use=frozenset(),
+    )
+    wants = {ref.key: Want(ref=ref) for ref in (coming.ref, new.ref)}
+    decided = plan(wants, actual, Volume(capacity=1000, free=900, limit=60), now=1e6)
+    assert decided.actions == ()
+    assert decided.blocked[new.ref.key].why is Blocked.INSUFFICIENT_CAPACITY
+
+
 def test_the_message_names_what_is_narrow() -> None:
     new = _ingest("new", 30)
     kept = _entry("kept", 40)

@@ -282,6 +282,19 @@ def to_come(world: World) -> int:
     return total
 
 
+def promised(world: World) -> int:
+    """What running jobs will have added to what their ingests were last seen to hold: of a limit,
+    what has arrived since then is taken as well."""
+    total = 0
+    for key, job in running(world).items():
+        ingest = world.actual.ingests.get(key)
+        if ingest is not None:
+            total += ingest.total - ingest.done
+        elif job.total is not None:
+            total += max(0, job.total - job.done)
+    return total
+
+
 def room(world: World) -> int:
     """Bytes that may be begun before any eviction for it; negative above the high mark or the
     limit. What left or expired goes whether room is short or not: its bytes count as free."""
@@ -303,7 +316,7 @@ def room_in_limit(world: World) -> int:
     ours += sum(ingest.done for ingest in actual.ingests.values())
     models: list[Entry | Ingest] = [*actual.entries.values(), *actual.ingests.values()]
     ours -= SHARED[1] * max(0, sum(bool(model.shared) for model in models) - 1)
-    return limit - ours - to_come(world) + given_back(world, removable(world))
+    return limit - ours - promised(world) + given_back(world, removable(world))
 
 
 def room_of_group(world: World, group: str) -> int:
@@ -319,7 +332,7 @@ def room_of_group(world: World, group: str) -> int:
         left -= ingest.done if ingest else 0
         if key in running(world):
             jobs = {key: world.actual.jobs[key]}
-            left -= to_come(replace(world, actual=replace(world.actual, jobs=jobs)))
+            left -= promised(replace(world, actual=replace(world.actual, jobs=jobs)))
     return left
 
 
