@@ -37,6 +37,26 @@ FILES: Mapping[str, bytes] = {
 }
 
 
+_ODD = "aZ09 -_.+%&$@=;:,?#'()!*~ü漢😀"
+
+
+def generated(seed: int) -> dict[str, bytes]:
+    """A model of odd names that every kind of source can hold, and a file system too."""
+    dice = random.Random(seed)
+
+    def name() -> str:
+        made = "".join(dice.choices(_ODD, k=dice.randint(1, 8)))
+        return made if made.strip(".") else made + "x"
+
+    files: dict[str, bytes] = {}
+    for _ in range(dice.randint(1, 25)):
+        depth = dice.choice([1, 1, 2, 3])
+        # Each directory of its own kind of name, so that none is also a file.
+        path = "".join(f"d{name()}/" for _ in range(depth - 1)) + f"f{name()}"
+        files[path] = dice.randbytes(dice.choice([0, 0, 1, 100, 70_000]))
+    return files
+
+
 class World(ABC):
     """One source, and what is behind it."""
 

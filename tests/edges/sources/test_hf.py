@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ from agent.errors import AgentError, Reason
 from agent.model import HttpLocator, Listing, ModelRef
 from agent.sources import Sources
 from agent.sources.hf import HuggingFace
-from tests.contracts.source_contract import bring, refusal
+from tests.contracts.source_contract import bring, generated, refusal
 from tests.fakes.hub import Dribble, Fault, Hub, Long, Stall, Status, Truncate
 from tests.fakes.wire import Certificates, Proxy, Wire, make_certificates, reply
+from tests.machine import files_of
 
 REPO = "acme/tiny"
 URI = f"hf://{REPO}"
@@ -538,3 +540,33 @@ async def test_a_cache_may_be_offline_alone(hub: Hub, monkeypatch: pytest.Monkey
         await HuggingFace.from_environment({"HF_HUB_OFFLINE": "yes"}).list(ModelRef(uri=URI))
     assert caught.value.reason is Reason.UNSUPPORTED
     assert hub.requests == []
+
+
+# --- the oracle: what the hub's own client downloads ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"), [((), ()), (("f*", "d*/"), ()), (("*",), ("*a*", "d*/*"))]
+)
+@pytest.mark.parametrize("seed", range(4))
+async def test_what_we_publish_is_what_snapshot_download_does(
+    hub: Hub, tmp_path: Path, seed: int, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> None:
+    # The client refuses what looks like a drive of Windows, also elsewhere.
+    files = {path: data for path, data in generated(seed).items() if ":" not in path}
+    hub.add(REPO, {**files, "f": b"always left", "config.json": b"{}"})
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    ours.mkdir()
+    await asyncio.to_thread(
+        huggingface_hub.snapshot_download,
+        REPO,
+        endpoint=hub.endpoint,
+        local_dir=theirs,
+        token=False,
+        allow_patterns=list(include) or None,
+        ignore_patterns=list(exclude) or None,
+    )
+    shutil.rmtree(theirs / ".cache")  # its own notes
+    listing = await _list(hub, include=include, exclude=exclude)
+    brought = await bring(_source(hub.endpoint), listing, ours)
+    assert brought == files_of(theirs)

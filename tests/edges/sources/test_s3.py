@@ -37,7 +37,7 @@ from agent.model import (
 from agent.sources import s3
 from agent.sources.s3 import S3
 from agent.transfer import Engine, FileJob
-from tests.contracts.source_contract import bring
+from tests.contracts.source_contract import bring, generated
 from tests.fakes.s3 import KEY, SECRET, Answer, Store
 from tests.fakes.wire import Wire, make_certificates, reply
 from tests.machine import machine
@@ -200,24 +200,6 @@ async def test_only_empty_markers(store: Store, source: S3) -> None:
 
 # --- the oracle: boto3 itself, and the initializer's rules --------------------------------------
 
-ODD = "aZ09 -_.+%&$@=;:,?#'()!*~ü漢😀"
-
-
-def _generated(seed: int) -> dict[str, bytes]:
-    dice = random.Random(seed)
-
-    def name() -> str:
-        made = "".join(dice.choices(ODD, k=dice.randint(1, 8)))
-        return made if made.strip(".") else made + "x"
-
-    files: dict[str, bytes] = {}
-    for _ in range(dice.randint(1, 25)):
-        depth = dice.choice([1, 1, 2, 3])
-        # Each directory of its own kind of name, so that none is also a file.
-        path = "".join(f"d{name()}/" for _ in range(depth - 1)) + f"f{name()}"
-        files[path] = dice.randbytes(dice.choice([0, 0, 1, 100, 70_000]))
-    return files
-
 
 def _downloaded(store: Store, prefix: str, only: set[str] | None = None) -> dict[str, bytes]:
     """All that boto3 finds below a prefix that ends with a slash."""
@@ -236,7 +218,7 @@ def _downloaded(store: Store, prefix: str, only: set[str] | None = None) -> dict
 async def test_what_we_publish_is_what_boto3_downloads(
     store: Store, source: S3, tmp_path: Path, seed: int
 ) -> None:
-    store.put(BUCKET, {f"pré fix+/{path}": data for path, data in _generated(seed).items()})
+    store.put(BUCKET, {f"pré fix+/{path}": data for path, data in generated(seed).items()})
     listing = await _list(source, f"s3://{BUCKET}/pré fix+")
     assert await bring(source, listing, tmp_path) == _downloaded(store, "pré fix+/")
 
