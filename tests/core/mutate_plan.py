@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 # ruff: noqa: E501 - a bug a line is easier to read than its wrapped form
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = 300
+EXAMPLES = (20, 300)
+"""Of each property, in two rounds: most bugs do not see the second."""
 SECONDS = 300.0
 
 
@@ -161,7 +162,7 @@ BUGS = (
 )  # fmt: skip
 
 
-def tests_fail(sources: Mapping[str, str]) -> bool:
+def tests_fail(sources: Mapping[str, str], examples: int) -> bool:
     """Whether the tests of `plan` notice that its sources are these."""
     with TemporaryDirectory() as name:
         copy = Path(name)
@@ -177,7 +178,7 @@ def tests_fail(sources: Mapping[str, str]) -> bool:
         done = subprocess.run(
             [*command, *options],
             cwd=copy,
-            env={**os.environ, "PYTHONPATH": name, "PLAN_EXAMPLES": str(EXAMPLES)},
+            env={**os.environ, "PYTHONPATH": name, "PLAN_EXAMPLES": str(examples)},
             capture_output=True,
             text=True,
             timeout=SECONDS,
@@ -195,7 +196,8 @@ def verdict(sources: Mapping[str, str], bug: Bug) -> str:
         return f"pattern occurs {sum(found.values())} times"
     planted = {file: text.replace(bug.old, bug.new) for file, text in sources.items()}
     try:
-        return "caught" if tests_fail(planted) else "survived"
+        caught = any(tests_fail(planted, examples) for examples in EXAMPLES)
+        return "caught" if caught else "survived"
     except subprocess.TimeoutExpired:
         return "caught"  # it does not come to rest
 
@@ -205,7 +207,7 @@ def main(names: Sequence[str]) -> int:
     files = ("plan.py", "victims.py")
     sources = {file: (ROOT / "agent" / file).read_text() for file in files}
     bugs = [bug for bug in BUGS if not names or any(name in bug.name for name in names)]
-    if tests_fail(sources):
+    if tests_fail(sources, EXAMPLES[-1]):
         print("the tests fail without a planted bug")
         return 1
     with ThreadPoolExecutor(os.cpu_count()) as pool:

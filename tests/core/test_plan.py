@@ -859,6 +859,24 @@ def test_a_limit_holds_although_the_disk_has_room() -> None:
     assert decided.actions == (Evict(kept.key, 40), Fetch(new.ref.key, 30))
 
 
+def test_what_somebody_waits_for_is_no_victim() -> None:
+    """Its pod may be counted before it mounts anything: in demand, and not in use yet."""
+    awaited, idle_one, new = (
+        _entry("awaited", 40),
+        _entry("idle", 40, last_used=9.0),
+        _ingest("new", 30),
+    )
+    actual = Actual(
+        entries={entry.key: entry for entry in (awaited, idle_one)},
+        ingests={new.ref.key: new},
+        in_use=frozenset(),
+        demanded=frozenset({awaited.key}),
+    )
+    wants = {new.ref.key: Want(ref=new.ref)}
+    decided = plan(wants, actual, Volume(capacity=1000, free=900, limit=80), now=1e6)
+    assert decided.actions == (Evict(idle_one.key, 40), Fetch(new.ref.key, 30))
+
+
 def test_what_has_arrived_of_a_download_is_no_room_below_a_limit() -> None:
     """The job has all of it; the ingest was looked at before."""
     coming, new = replace(_ingest("coming", 40), done=0), _ingest("new", 30)
