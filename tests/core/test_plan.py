@@ -7,6 +7,7 @@ from math import inf
 from random import Random
 from typing import TypeVar
 
+import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
@@ -859,21 +860,50 @@ def test_a_limit_holds_although_the_disk_has_room() -> None:
     assert decided.actions == (Evict(kept.key, 40), Fetch(new.ref.key, 30))
 
 
-def test_what_somebody_waits_for_is_no_victim() -> None:
-    """Its pod may be counted before it mounts anything: in demand, and not in use yet."""
-    awaited, idle_one, new = (
-        _entry("awaited", 40),
-        _entry("idle", 40, last_used=9.0),
-        _ingest("new", 30),
-    )
+OLD = _ref("old")
+_KEEPS: dict[str, tuple[dict[str, object], dict[str, object] | None]] = {
+    "a pod may be counted before it mounts anything": ({"demanded": frozenset({OLD.key})}, None),
+    "a pod uses it": ({"in_use": frozenset({OLD.key})}, None),
+    "an operator pinned it": ({"pinned": frozenset({OLD.key})}, None),
+    "its cache pins it": ({}, {"on_demand": True, "pinned": True}),
+    "it is always wanted": ({}, {}),
+    "a newer revision is to take its place": (
+        {"outdated": frozenset({OLD.key}), "staged": frozenset({OLD.key})},
+        {"on_demand": True},
+    ),
+    "nobody knows yet whether it left": ({"kept": frozenset({OLD.key})}, None),
+    "it is found damaged": ({"damaged": frozenset({OLD.key})}, None),
+}
+
+
+@pytest.mark.parametrize("why", _KEEPS)
+def test_the_least_recently_used_is_no_victim_if(why: str) -> None:
+    facts, asked = _KEEPS[why]
+    old, newer, new = _entry("old", 40), _entry("newer", 40, last_used=9.0), _ingest("new", 30)
     actual = Actual(
-        entries={entry.key: entry for entry in (awaited, idle_one)},
+        entries={entry.key: entry for entry in (old, newer)},
         ingests={new.ref.key: new},
         in_use=frozenset(),
-        demanded=frozenset({awaited.key}),
+    )
+    actual = replace(actual, **facts)  # type: ignore[arg-type]
+    wants = {new.ref.key: Want(ref=new.ref)}
+    if asked is not None:
+        wants[old.key] = Want(ref=old.ref, **asked)  # type: ignore[arg-type]
+    decided = plan(wants, actual, Volume(capacity=1000, free=900, limit=80), now=1e6)
+    assert OLD.key not in _keys(decided, Evict)
+    assert _keys(decided, Evict) == [newer.key]
+
+
+def test_what_would_free_nothing_is_no_victim() -> None:
+    """A model of empty files."""
+    empty, idle_one, new = _entry("empty", 0), _entry("idle", 40, last_used=9.0), _ingest("new", 30)
+    actual = Actual(
+        entries={entry.key: entry for entry in (empty, idle_one)},
+        ingests={new.ref.key: new},
+        in_use=frozenset(),
     )
     wants = {new.ref.key: Want(ref=new.ref)}
-    decided = plan(wants, actual, Volume(capacity=1000, free=900, limit=80), now=1e6)
+    decided = plan(wants, actual, Volume(capacity=1000, free=900, limit=40), now=1e6)
     assert decided.actions == (Evict(idle_one.key, 40), Fetch(new.ref.key, 30))
 
 
