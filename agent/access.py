@@ -1,7 +1,8 @@
 """The credentials that a cache names, read at use and by name (design D11, kserve.md 5.2).
 
 What must be read is decided in `kube.credentials`; here it is read, and kept for a minute: a model
-of many files asks often, and a Secret that was mended should be believed soon.
+of many files asks often, and a Secret that was mended should be believed soon. What is the same for
+all caches is watched (`kserve`), and asked for by nobody.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from agent.errors import AgentError, Reason
 from agent.kube.client import Api, ApiError
-from agent.kube.credentials import CONFIG_MAP, Credentials, Kind, Need, ask, needs, resolve
+from agent.kube.credentials import Credentials, Kind, Need, ask, needs, resolve
 from agent.model import Want
 
 _KEPT_SECONDS = 60.0
@@ -19,18 +20,27 @@ _PATHS: Mapping[Kind, str] = {
     Kind.CONFIG_MAP: "/api/v1/namespaces/{namespace}/configmaps/{name}",
     Kind.SERVICE_ACCOUNT: "/api/v1/namespaces/{namespace}/serviceaccounts/{name}",
     Kind.SECRET: "/api/v1/namespaces/{namespace}/secrets/{name}",
-    Kind.STORAGE_CONTAINERS: "/apis/serving.kserve.io/v1alpha1/clusterstoragecontainers",
 }
 
 
+Watched = Callable[[Need], tuple[bool, Any]]
+
+
 class Access:
-    """Reads as this agent. `config_namespace` is where KServe has its configuration."""
+    """Reads as this agent. `config_namespace` is where KServe has its configuration; `watched` says
+    of an object whether it is known without asking, and what it is."""
 
     def __init__(
-        self, api: Api, *, config_namespace: str, ticks: Callable[[], float] = time.monotonic
+        self,
+        api: Api,
+        *,
+        config_namespace: str,
+        watched: Watched,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api = api
         self._config_namespace = config_namespace
+        self._watched = watched
         self._ticks = ticks
         self._read: dict[Need, tuple[float, Any]] = {}
 
@@ -52,28 +62,25 @@ class Access:
         return found.environment if found.own else found.environment or None
 
     async def _object(self, need: Need) -> Any:
+        known, found = self._watched(need)
+        if known:
+            return found
         kept = self._read.get(need)
         if kept is not None and self._ticks() - kept[0] < _KEPT_SECONDS:
             return kept[1]
         path = _PATHS[need.kind].format(namespace=need.namespace, name=need.name)
-        listed = need.kind is Kind.STORAGE_CONTAINERS
-        # KServe's own configuration may be absent, or nobody's business of ours to read.
-        optional = listed or need.name == CONFIG_MAP
         try:
-            found = await (self._api.list(path) if listed else self._api.get(path))
+            found = await self._api.get(path)
         except ApiError as error:
-            if error.status == 404 or (error.status == 403 and optional):
-                found = None
-            elif error.status == 403:
-                raise AgentError(
-                    Reason.FORBIDDEN,
-                    f"{need} must not be read; bind the role localmodel-agent-credentials there",
-                ) from error
-            else:
+            if error.status == 404:
+                return None  # it may be made at any moment
+            if error.status != 403:
                 raise
-        # What is named and missing may be made at any moment; of what is not, a minute is early.
-        if found is not None or optional:
-            self._read[need] = self._ticks(), found
+            raise AgentError(
+                Reason.FORBIDDEN,
+                f"{need} must not be read; bind the role localmodel-agent-credentials there",
+            ) from error
+        self._read[need] = self._ticks(), found
         return found
 
 

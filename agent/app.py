@@ -366,6 +366,7 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
                     if (now := cluster.desired()) != desired:
                         desired = now
                         cache.reconciler.desire(desired)
+                    cache.reconciler.look_every(cluster.look_seconds)
                     await looking(cache.store.check)
                     if (seen := cluster.users()) != users:
                         users = seen

@@ -62,8 +62,10 @@ from agent.wishes import Desired
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 30.0
-"""How often names and sizes of every sealed model are looked at: what was deleted or truncated by
-hand is off offer within a minute."""
+"""How often names and sizes of every sealed model are looked at, at least: what was deleted or
+truncated by hand is off offer within a minute."""
+
+_SOONEST_LOOK_SECONDS = 5.0
 
 _PROGRESS_SECONDS = 5.0
 _SPARED_SECONDS = 10.0
@@ -85,6 +87,7 @@ class Policy:
     min_age_seconds: float = 600.0
     retain_seconds: float = 7 * 86400.0
     """How long a model is kept that left the desired state, where its cache does not say."""
+    look_seconds: float = _LOOK_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,13 @@ class Reconciler:
                 _log.warning("%s is refused: %s", error.name, error.message)
         self._known.desired = desired
         self.wake()
+
+    def look_every(self, seconds: float | None) -> None:
+        """How often somebody wants sealed models to be looked at; None: as often as we do."""
+        wanted = max(_SOONEST_LOOK_SECONDS, _LOOK_SECONDS if seconds is None else seconds)
+        if self.policy.look_seconds != (rather := min(_LOOK_SECONDS, wanted)):
+            self.policy.look_seconds = rather
+            self.wake()
 
     def pull(self, want: Want) -> Pull:
         """Ask for one model now, whatever failed before. Raises InvalidSpec, Conflict, ..."""
@@ -319,7 +329,7 @@ class Reconciler:
     async def _turns(self) -> None:
         while True:
             self._flag.clear()
-            wake_at = self._clock() + _LOOK_SECONDS
+            wake_at = self._clock() + self.policy.look_seconds
             try:
                 decided = await self._turn()
                 wake_at = min(wake_at, decided.wake_at or wake_at, *self._spared.values())
@@ -337,7 +347,7 @@ class Reconciler:
             self.tried.set()
             with suppress(TimeoutError):
                 # A clock that was set back during the turn must not make this a day.
-                seconds = min(_LOOK_SECONDS, max(0.05, wake_at - self._clock()))
+                seconds = min(self.policy.look_seconds, max(0.05, wake_at - self._clock()))
                 async with asyncio.timeout(seconds):
                     await self._flag.wait()
 
@@ -501,10 +511,11 @@ class Reconciler:
         )
 
     async def _look_at_all(self) -> None:
-        """Names and sizes of every sealed model, twice a minute."""
-        if 0 < self._look_at - self._clock() <= _LOOK_SECONDS:  # else the clock was set back
+        """Names and sizes of every sealed model, twice a minute or as often as was asked for."""
+        seconds = self.policy.look_seconds
+        if 0 < self._look_at - self._clock() <= seconds:  # else the clock was set back
             return
-        self._look_at = self._clock() + _LOOK_SECONDS
+        self._look_at = self._clock() + seconds
         for key, found in list(self._known.sealed.items()):
             try:
                 wrong = await looking(partial(self._store.damage, key, found))

@@ -5,8 +5,10 @@ Both deliverers of desired state end here: a directory of YAML, and a cluster's 
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agent.errors import AgentError, Reason
+from agent.kube.credentials import storage_patterns
 from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
 from agent.model import CacheKey, Want, cache_key
 
@@ -71,6 +73,7 @@ def of_node(
     unconfirmed: Container[str] = (),
     check: Callable[[str], object],
     served: str,
+    containers: Any = None,
 ) -> Desired:
     """What a LocalModelNode asks of its node; None where there is no such object.
 
@@ -78,7 +81,8 @@ def of_node(
     served as the entry says, once it is sure that it is gone: until then its status name is in
     `unconfirmed`, because its annotations may say which bytes are wanted. `check` raises for a URI
     that no source knows: such an entry is refused here, once, and costs no job and no retries.
-    `served` is our cache's directory on the node.
+    `served` is our cache's directory on the node; `containers` is the list of
+    ClusterStorageContainers, whose patterns hold for a cache that has none of its own.
     """
     if node is None:
         return Desired(wants={}, names={}, complete=False)
@@ -95,7 +99,8 @@ def of_node(
             check(entry.uri)
             _check_path(groups.get(entry.group), served)
             notes = meta.annotations if meta else {}
-            asked = want(entry.uri, entry.name, notes, group=entry.group)
+            files = storage_patterns(entry.uri, containers)
+            asked = want(entry.uri, entry.name, notes, group=entry.group, files=files)
             asked = replace(asked, access=entry.access)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))

@@ -25,13 +25,16 @@ class Source(Protocol):
         ...
 
 
-def pin(ref: ModelRef, revision: str, files: Iterable[RemoteFile]) -> Listing:
+def pin(
+    ref: ModelRef, revision: str, files: Iterable[RemoteFile], *, chosen: bool = False
+) -> Listing:
     """The listing of what the patterns leave, sorted. Raises EmptyListing or UnsafePath.
 
-    Only what is selected must be safe: a hostile or odd name can be excluded.
+    Only what is selected must be safe: a hostile or odd name can be excluded. `chosen`: the URI
+    names one file, and patterns choose among several.
     """
     found = sorted(files, key=lambda file: file.path.encode(errors="surrogatepass"))
-    left = tuple(file for file in found if selected(file.path, ref))
+    left = tuple(file for file in found if chosen or selected(file.path, ref))
     if not left:
         patterns = f"include {list(ref.include)}, exclude {list(ref.exclude)}"
         why = f"no file is left by {patterns}" if ref.include or ref.exclude else "it has no files"

@@ -107,7 +107,8 @@ class S3:
         try:
             async with asyncio.timeout(self._listing_seconds):
                 found = await looking(lambda: self._find(ref, address))
-                listing = pin(ref, _revision(found), found)  # nothing is asked of an unsafe name
+                # Nothing is asked of an unsafe name.
+                listing = pin(ref, _revision(found), found, chosen=_is_named(address, found))
                 return replace(listing, files=await self._promised(address, listing.files))
         except TimeoutError as error:
             raise AgentError(
@@ -183,7 +184,8 @@ class S3:
             found = [_object(entry) for entry in self._entries(client, ref, address)]
             if sum(file.size for file in found) >= _SIZES:
                 raise ValueError("it lists more bytes than there can be")
-            chosen = [file for file in found if selected(file.path, ref)]
+            single = _is_named(address, found)
+            chosen = [file for file in found if single or selected(file.path, ref)]
         return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass"))
 
     def _entries(
@@ -270,6 +272,11 @@ def _parse(uri: str) -> _Address:
         raise AgentError(Reason.INVALID_SPEC, f"{uri[:200]!a} must be s3://bucket[/prefix or key]")
     # As KServe: no key begins with a slash.
     return _Address(match["bucket"], (match["below"] or "").lstrip("/"))
+
+
+def _is_named(address: _Address, files: Iterable[RemoteFile]) -> bool:
+    """Whether the URI names this one object: then patterns choose nothing, as in KServe."""
+    return any(file.origin == address.key for file in files)
 
 
 def _revision(files: Iterable[RemoteFile]) -> str:

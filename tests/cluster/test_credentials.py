@@ -3,7 +3,7 @@
 import json
 
 from tests.cluster.identity import JOBS
-from tests.cluster.nodes import Node
+from tests.cluster.nodes import Node, cache, storage_container
 from tests.conftest import FILES, REPO, URI
 from tests.fakes.hub import Hub
 from tests.machine import files_of, until
@@ -68,3 +68,37 @@ def test_a_service_account_leads_to_the_token(node: Node, hub: Hub) -> None:
     agent = node.start()
     node.wait_words(agent, tiny=DOWNLOADED)
     until(lambda: files_of(node.machine.model(URI)) == FILES, agent.log_text)
+
+
+def test_9_1_12_the_patterns_of_a_storage_container_choose_the_files(node: Node, hub: Hub) -> None:
+    """What they are now, and not only at the first download; what stays is not fetched again."""
+    repository = f"acme/for-{node.name}"
+    uri = f"hf://{repository}"
+    hub.add(repository, {"a.json": b"{}", "a.bin": b"b" * 50_000, "a.txt": b"text"})
+    name = f"files-of-{node.name}"
+
+    def allow(patterns: str) -> None:
+        variable = {"name": "STORAGE_ALLOW_PATTERNS", "value": patterns}
+        node.plane.apply(storage_container(name, uri, variable))
+
+    def files() -> set[str]:
+        return set(files_of(node.machine.model(uri)))
+
+    allow('["*.json", "*.bin"]')
+    node.want(chosen=uri)
+    agent = node.start()
+    node.wait_words(agent, chosen=DOWNLOADED)
+    assert files() == {"a.json", "a.bin"}
+
+    hub.clear()
+    allow("*.txt,*.bin")
+    until(lambda: files() == {"a.txt", "a.bin"}, agent.log_text)
+    node.wait_words(agent, chosen=DOWNLOADED)
+    assert hub.bytes_sent("a.bin") == 0
+
+    # Who has patterns of its own has these.
+    node.plane.apply(cache("chosen", uri, [node.group], include="*.json"))
+    until(lambda: files() == {"a.json"}, agent.log_text)
+    node.plane.kubectl("delete", "clusterstoragecontainer", name)
+    node.plane.kubectl("delete", "localmodelcache", "chosen")
+    until(lambda: files() == {"a.json", "a.bin", "a.txt"}, agent.log_text)

@@ -47,8 +47,11 @@ def desired(
     found: NodeObject | None,
     known: dict[tuple[str, str], CacheMeta] | None = None,
     groups: dict[str, Group] | None = None,
+    containers: Any = None,
 ) -> Desired:
-    return of_node(found, known or {}, groups or {}, check=scheme_of, served=SERVED)
+    return of_node(
+        found, known or {}, groups or {}, check=scheme_of, served=SERVED, containers=containers
+    )
 
 
 def errors(found: Desired) -> dict[str, Reason]:
@@ -80,6 +83,40 @@ def test_annotations_are_those_of_the_entrys_own_cache() -> None:
     found = desired(node(entry("a"), entry("a", OTHER, namespace="team")), known)
     assert found.wants[KEY].ref == ModelRef(uri=URI, include=("*.json",))
     assert found.wants[cache_key(OTHER)].ref == ModelRef(uri=OTHER, include=("*.txt",))
+
+
+def _containers(allow: str, ignore: str = "") -> dict[str, Any]:
+    variables = {"STORAGE_ALLOW_PATTERNS": allow, "STORAGE_IGNORE_PATTERNS": ignore}
+    env = [{"name": name, "value": value} for name, value in variables.items()]
+    formats = [{"prefix": "hf://acme/"}]
+    spec = {"workloadType": "localModelDownloadJob", "supportedUriFormats": formats}
+    return {"items": [{"metadata": {"name": "c"}, "spec": {**spec, "container": {"env": env}}}]}
+
+
+def test_9_1_12_patterns_of_a_storage_container_are_those_of_its_caches() -> None:
+    found = desired(node(entry("a"), entry("b")), containers=_containers("*.json,*.bin", "x.bin"))
+    assert found.wants[KEY].ref == ModelRef(
+        uri=URI, include=("*.json", "*.bin"), exclude=("x.bin",)
+    )
+    assert found.wants[KEY].names == {"a", "b"}
+
+
+def test_an_annotation_wins_over_the_pattern_of_its_kind_and_an_empty_one_lifts_it() -> None:
+    containers = _containers("*.json", "x.json")
+    known = caches(("a", "1", {"include": "*.bin"}), ("b", "1", {"exclude": ""}))
+    one = desired(node(entry("a")), known, containers=containers)
+    assert one.wants[KEY].ref == ModelRef(uri=URI, include=("*.bin",), exclude=("x.json",))
+    other = desired(node(entry("b")), known, containers=containers)
+    assert other.wants[KEY].ref == ModelRef(uri=URI, include=("*.json",))
+    both = desired(node(entry("a"), entry("b")), known, containers=containers)
+    assert errors(both) == {"b": Reason.INVALID_SPEC}
+
+
+def test_patterns_that_cannot_be_read_refuse_their_caches_and_remove_nothing() -> None:
+    found = desired(node(entry("a")), containers=_containers("[1]"))
+    assert errors(found) == {"a": Reason.UNAUTHORIZED}
+    assert found.wants == {}
+    assert found.spoken_for == {KEY}
 
 
 def test_an_entry_whose_cache_is_gone_is_served_as_it_says() -> None:

@@ -11,6 +11,7 @@ import pytest
 from agent.access import Access
 from agent.errors import AgentError, Reason
 from agent.kube.client import Api
+from agent.kube.credentials import CONFIG_MAP, Kind, Need
 from agent.kube.parse import node
 from agent.model import ModelRef, Want
 from tests.contracts.cluster_contract import Noting, opened
@@ -54,9 +55,17 @@ class _Clock:
     now = 0.0
 
 
-def _access(api: Api, clock: _Clock | None = None) -> Access:
+def _access(api: Api, clock: _Clock | None = None, **watched: Any) -> Access:
+    """`watched`: the data of KServe's ConfigMap, as JSON."""
     at = clock or _Clock()
-    return Access(api, config_namespace="kserve", ticks=lambda: at.now)
+    config = {"data": {name: json.dumps(value) for name, value in watched.items()}}
+
+    def read(need: Need) -> tuple[bool, Any]:
+        if need.kind is Kind.STORAGE_CONTAINERS:
+            return True, {"items": []}
+        return need.name == CONFIG_MAP, config
+
+    return Access(api, config_namespace="kserve", watched=read, ticks=lambda: at.now)
 
 
 async def test_who_names_nothing_uses_what_the_agent_has(api: Noting, world: FakeWorld) -> None:

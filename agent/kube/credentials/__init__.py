@@ -18,6 +18,7 @@ wrong with an object is `Unauthorized`, which is tried again: somebody may creat
 
 from agent.kube.credentials.config import CONFIG_MAP, DEFAULT_JOB_NAMESPACE
 from agent.kube.credentials.nouns import Ask, Credentials, Kind, Need, WebIdentity
+from agent.kube.credentials.patterns import Patterns, storage_patterns
 from agent.kube.credentials.walk import ask, needs, resolve
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Credentials",
     "Kind",
     "Need",
+    "Patterns",
     "WebIdentity",
     "ask",
     "needs",
     "resolve",
+    "storage_patterns",
 ]

@@ -19,6 +19,7 @@ from agent.kube.credentials.objects import (
 from agent.kube.credentials.spec import spec_part
 
 _DOWNLOADS = "localModelDownloadJob"  # the workloadType that is about us (kserve.md 1.5)
+PATTERNS = ("STORAGE_ALLOW_PATTERNS", "STORAGE_IGNORE_PATTERNS")
 _REFERENCE = re.compile(r"\$\$|\$\(([^)]*)\)")  # Kubernetes' own, in a container's env
 
 
@@ -73,6 +74,9 @@ def _container_environment(where: str, container: Mapping[str, Any], namespace: 
             values = yield from _values(where, kind, reference, namespace)
             prefix = text_of(where, item, "prefix")
             environment |= {prefix + key: values.text(key) for key in values.data}
+    if late := environment.keys() & set(PATTERNS):
+        # They were to be known before anything was asked of a source: see `patterns`.
+        raise refused(f"{where}: {min(late)} must be a value of `env`, not of `envFrom`")
     for item in objects_of(where, container, "env"):
         name, source = text_of(where, item, "name"), mapping(where, item, "valueFrom")
         if not source:

@@ -173,6 +173,25 @@ async def test_below(
     assert await bring(source, bare, tmp_path) == brought
 
 
+async def test_9_1_12_patterns_choose_below_a_prefix_and_not_of_one_object(
+    store: Store, source: S3, tmp_path: Path
+) -> None:
+    """As KServe: who names one object has named the files."""
+    store.put(BUCKET, KEYS)
+
+    async def published(below: str) -> set[str]:
+        uri = f"s3://{BUCKET}/{below}"
+        listing = await source.list(ModelRef(uri=uri, include=("x", "b*"), exclude=("both",)))
+        (directory := tmp_path / below.replace("/", "_")).mkdir()
+        await bring(source, listing, directory)
+        return {file.path for file in listing.files}
+
+    assert await published("a") == {"x"}
+    assert await published("both/") == {"below"}
+    assert await published("both") == {"both"}
+    assert await published("a.txt") == {"a.txt"}
+
+
 async def test_a_whole_bucket(store: Store, source: S3) -> None:
     for uri in (f"s3://{BUCKET}", f"s3://{BUCKET}/"):
         assert _sizes(await _list(source, uri)) == {k: len(v) for k, v in FILES.items()}
