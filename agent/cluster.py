@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 from math import inf
 from typing import Any
 
-from agent import __version__, disk, usage
+from agent import __version__, disk, layout, usage
 from agent.access import Access
 from agent.arrivals import Arrivals
+from agent.authorities import Authorities
 from agent.config import Settings
 from agent.errors import AgentError, Reason
 from agent.kserve import KServe
@@ -109,9 +110,15 @@ class Cluster:
             api, node, compose=self._compose, contested=self._tell_of_another_writer
         )
         self._recorder = Recorder(api, node=node)
-        self.access = Access(
-            api, config_namespace=settings.kserve_namespace, watched=self._kserve.read
-        ).environment
+        self.access = self._access().given
+
+    def _access(self) -> Access:
+        return Access(
+            self._api,
+            config_namespace=self._settings.kserve_namespace,
+            watched=self._kserve.read,
+            authorities=Authorities(self._settings.state_directory / layout.AUTHORITIES).file,
+        )
 
     def _metadata(
         self, plural: str, kind: str, *, none_on: Collection[int] = ()

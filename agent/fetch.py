@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from agent import manifest
@@ -18,7 +18,7 @@ from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
 from agent.model import CacheKey, Job, Listing, Locator, RemoteFile, Stage, Want
-from agent.sources import SCHEMES, Source, Sources
+from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.store import Store
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
@@ -73,12 +73,12 @@ class Tally:
         return time.monotonic() - self.begun_at
 
 
-Access = Callable[[Want], Awaitable[Mapping[str, str] | None]]
-"""The variables that a source is to use for one model; None: those of this process."""
+Access = Callable[[Want], Awaitable[Given]]
+"""What a source is to work with for one model."""
 
 
-async def own_access(want: Want) -> None:
-    return None
+async def own_access(want: Want) -> Given:
+    return OWN
 
 
 class Fetcher:

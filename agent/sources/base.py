@@ -1,12 +1,28 @@
 """What a source is, and what all of them share: patterns, and the order of a listing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
 
 from agent.errors import AgentError, Reason
 from agent.layout import check_paths
 from agent.model import Listing, Locator, ModelRef, RemoteFile
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a source is to work with for one model.
+
+    `environment` are the variables that it reads; None: those of this process. `authorities` is the
+    path of a file with all whom TLS trusts; "" for whom the machine trusts.
+    """
+
+    environment: Mapping[str, str] | None = field(default=None, repr=False)
+    authorities: str = ""
+
+
+OWN = Given()
 
 
 class Source(Protocol):

@@ -88,6 +88,7 @@ class HuggingFace:
         endpoint: str,
         token: Callable[[], str | None],
         *,
+        authorities: str = "",
         answer_seconds: float = _ANSWER_SECONDS,
         listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
@@ -99,6 +100,7 @@ class HuggingFace:
             )
         self._endpoint = endpoint.rstrip("/")
         self._ask_token = token
+        self._authorities = authorities
         self._answer_seconds = answer_seconds
         self._listing_seconds = listing_seconds
 
@@ -106,14 +108,17 @@ class HuggingFace:
         return f"HuggingFace({self._endpoint!r})"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "HuggingFace":
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, authorities: str = ""
+    ) -> "HuggingFace":
         """With the token of one cache, or (None) with this process's own. The hub is the
         operator's choice, unless the cache's own container says another."""
         own = os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT
         if environment is None:
-            return cls(own, get_token)
+            return cls(own, get_token, authorities=authorities)
         token = environment.get("HF_TOKEN", "").strip() or None
-        return cls(environment.get("HF_ENDPOINT") or own, lambda: token)
+        endpoint = environment.get("HF_ENDPOINT") or own
+        return cls(endpoint, lambda: token, authorities=authorities)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
@@ -129,6 +134,7 @@ class HuggingFace:
         return HttpLocator(
             url=f"{self._endpoint}/{address.repo}/resolve/{quote(listing.revision)}/{path}",
             headers={"Authorization": f"Bearer {token}"} if token else {},
+            verify=self._authorities or True,
         )
 
     def _token(self) -> str | None:
@@ -147,6 +153,7 @@ class HuggingFace:
             _hub_errors(ref.uri, self._endpoint),
             bounded(
                 self._endpoint,
+                authorities=self._authorities,
                 answer_seconds=self._answer_seconds,
                 seconds=self._listing_seconds,
             ),

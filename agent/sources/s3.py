@@ -79,9 +79,13 @@ class S3:
     """An object store, with the credentials and settings of one environment."""
 
     def __init__(
-        self, environment: Mapping[str, str], *, listing_seconds: float = _LISTING_SECONDS
+        self,
+        environment: Mapping[str, str],
+        authorities: str = "",
+        *,
+        listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
-        self._settings = Settings(environment)
+        self._settings = Settings(environment, authorities)
         self._listing_seconds = listing_seconds
         self._lock = threading.Lock()
         self._clients: dict[str, Any] = {}
@@ -93,11 +97,13 @@ class S3:
         return f"S3({self._settings.where!r})"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "S3":
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, authorities: str = ""
+    ) -> "S3":
         """With the variables of one cache, or (None) with those of this process. The same one for
         the same variables: it holds connections, and what it has learned of a bucket."""
         given = of_process(os.environ) if environment is None else of_cache(environment)
-        return _kept(frozenset(given.items()))
+        return _kept(frozenset(given.items()), authorities)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
@@ -262,8 +268,8 @@ class S3:
 
 
 @functools.lru_cache(maxsize=16)
-def _kept(given: frozenset[tuple[str, str]]) -> S3:
-    return S3(dict(given))
+def _kept(given: frozenset[tuple[str, str]], authorities: str) -> S3:
+    return S3(dict(given), authorities)
 
 
 def _parse(uri: str) -> _Address:

@@ -1,11 +1,14 @@
 """The credentials that a cache names, on the real API server and under the shipped roles."""
 
 import json
+from pathlib import Path
 
 from tests.cluster.identity import JOBS
 from tests.cluster.nodes import Node, cache, storage_container
 from tests.conftest import FILES, REPO, URI
 from tests.fakes.hub import Hub
+from tests.fakes.s3 import KEY, REGION, SECRET, Store
+from tests.fakes.wire import make_certificates
 from tests.machine import files_of, until
 
 DOWNLOADED = "ModelDownloaded"
@@ -68,6 +71,60 @@ def test_a_service_account_leads_to_the_token(node: Node, hub: Hub) -> None:
     agent = node.start()
     node.wait_words(agent, tiny=DOWNLOADED)
     until(lambda: files_of(node.machine.model(URI)) == FILES, agent.log_text)
+
+
+def test_9_1_11_keys_and_a_private_authority_lead_to_an_object_store(
+    node: Node, tmp_path: Path
+) -> None:
+    """The authority is in a ConfigMap that the Secret names; the agent's log and status hold
+    neither key."""
+    (tmp_path / "certificates").mkdir()
+    certificates = make_certificates(tmp_path / "certificates")
+    name = f"minio-{node.name}"
+    with Store(tls=certificates.server) as store:
+        store.put("models", {f"tiny/{path}": data for path, data in FILES.items()})
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {
+                "name": name,
+                "namespace": JOBS,
+                "annotations": {
+                    "serving.kserve.io/s3-endpoint": store.endpoint,
+                    "serving.kserve.io/s3-region": REGION,
+                    "serving.kserve.io/s3-cabundle-configmap": name,
+                },
+            },
+            "stringData": {"awsAccessKeyID": KEY, "awsSecretAccessKey": SECRET},
+        }
+        account = {
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {"name": name, "namespace": JOBS},
+            "secrets": [{"name": name}],
+        }
+        node.plane.apply(secret, account)
+        uri = "s3://models/tiny"
+        node.want_entries(_entry(node, sourceModelUri=uri, serviceAccountName=name))
+        agent = node.start()
+        node.wait_words(agent, tiny=FAILED)
+        assert f"ConfigMap {JOBS}/{name}" in node.status()["models"]["tiny"]["message"]
+
+        bundle = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": name, "namespace": JOBS},
+            "data": {"cabundle.crt": certificates.authority.read_text()},
+        }
+        node.plane.apply(bundle)
+        entry = _entry(node, sourceModelUri=uri, serviceAccountName=name)
+        node.want_entries({**entry, "modelName": "again"})  # a new wish is tried at once
+        node.wait_words(agent, again=DOWNLOADED)
+        assert files_of(node.machine.model(uri)) == FILES
+        assert agent.stop() == 0
+    seen = agent.log_text() + json.dumps(node.object()) + json.dumps(node.events())
+    assert SECRET not in seen
+    assert KEY not in seen
 
 
 def test_9_1_12_the_patterns_of_a_storage_container_choose_the_files(node: Node, hub: Hub) -> None:

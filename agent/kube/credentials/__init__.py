@@ -17,6 +17,7 @@ wrong with an object is `Unauthorized`, which is tried again: somebody may creat
 """
 
 from agent.kube.credentials.config import CONFIG_MAP, DEFAULT_JOB_NAMESPACE
+from agent.kube.credentials.container import PATTERNS
 from agent.kube.credentials.nouns import Ask, Credentials, Kind, Need, WebIdentity
 from agent.kube.credentials.patterns import Patterns, storage_patterns
 from agent.kube.credentials.walk import ask, needs, resolve
@@ -24,6 +25,7 @@ from agent.kube.credentials.walk import ask, needs, resolve
 __all__ = [
     "CONFIG_MAP",
     "DEFAULT_JOB_NAMESPACE",
+    "PATTERNS",
     "Ask",
     "Credentials",
     "Kind",

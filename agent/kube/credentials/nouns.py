@@ -64,7 +64,7 @@ class Credentials:
     `uri` is what to read: the cache's own, but where it has a placeholder for a scheme.
     `environment` has KServe's names; an empty value is as good as none. `files` are those that a
     variable names, by their path in KServe's container. `ca_bundle` is PEM, to be trusted beside
-    the machine's own; where it is given, `AWS_CA_BUNDLE` (a path in that container) says nothing.
+    the machine's own; `AWS_CA_BUNDLE`, a path in that container, says nothing here.
     `own`: the cache itself names credentials, found or not, so that nobody else's may stand in for
     them, and they must be proven before it is ready (design D12). `absent` are the account and the
     secrets that were named and are not there, which KServe bears: worth telling who is then refused

@@ -56,7 +56,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def _source(endpoint: str, token: str | None = None, **bounds: float) -> HuggingFace:
+def _source(endpoint: str, token: str | None = None, **bounds: Any) -> HuggingFace:
     return HuggingFace(endpoint, lambda: token, **{"answer_seconds": 5.0, **bounds})
 
 
