@@ -117,6 +117,15 @@ class Fetcher:
         source = await self._source(want)
         return await source.list(want.ref)
 
+    async def prove(self, want: Want) -> None:
+        """Raise AgentError unless the want's own credentials would bring it today: its listing, and
+        a byte of its largest file. A hub lists to everybody what it gives to few."""
+        source = await self._source(want)
+        listing = await source.list(want.ref)
+        file = max(listing.files, key=lambda file: file.size)
+        if file.size:
+            await self._engine.reach(await source.locate(listing, file), size=file.size)
+
     async def _source(self, want: Want) -> Source:
         """With the credentials of this moment. Raises Unsupported, Unauthorized, Forbidden."""
         return self._sources.of(want.ref.uri, await self._access(want))

@@ -48,6 +48,7 @@ from agent.model import (
 )
 from agent.pins import Pins
 from agent.plan import plan
+from agent.proofs import Proofs
 from agent.publish import Publisher
 from agent.pulls import Pull, Pulls
 from agent.removal import InUse, Removal, unknown_use
@@ -136,6 +137,7 @@ class Reconciler:
         self._scrub = scrub
         self._history = History(index, metrics, clock)
         self._pins = Pins(store.root)
+        self._proofs = Proofs(index, fetcher.prove, changed=self.wake, clock=clock, dice=dice)
         self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
         self._stopped: AgentError | None = None
         fetcher.suspected = self._suspect
@@ -306,6 +308,7 @@ class Reconciler:
         await self._note_the_shared()
         known.refreshed = await self._index.refreshed()
         await self._history.open()
+        await self._proofs.open()
         known.ingests = await looking(self._store.ingests)
         known.mend_what_is_complete()
 
@@ -321,6 +324,7 @@ class Reconciler:
                     group.create_task(self._scrub.run(self.sealed, found))
         finally:
             await self._jobs.stop()
+            await self._proofs.stop()
             stopped = AgentError(Reason.STOPPED, "the agent stops; bytes are kept")
             self._pulls.refuse_all(stopped)
             self._refuse_the_outcast(stopped)
@@ -332,7 +336,8 @@ class Reconciler:
             wake_at = self._clock() + self.policy.look_seconds
             try:
                 decided = await self._turn()
-                wake_at = min(wake_at, decided.wake_at or wake_at, *self._spared.values())
+                due = (*self._spared.values(), self._proofs.next_at)
+                wake_at = min(wake_at, decided.wake_at or wake_at, *due)
                 self._metrics.turns.labels(result="ok").inc()
                 self.turned_at = time.monotonic()
                 self.trouble, self.failed_turns = None, 0
@@ -364,6 +369,8 @@ class Reconciler:
         await self._settle_jobs()
         await self._forget_the_forgiven()
         await self._note_the_wanted()
+        known = self._known
+        await self._proofs.turn(known.desired.guarded, {*known.sealed, *known.ingests})
         await self._look_at_all()
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self.wants()
@@ -741,6 +748,6 @@ class Reconciler:
         return attempt
 
     async def _publish(self) -> None:
-        facts, desired = self.facts(), self._known.desired
+        facts, desired, doubts = self.facts(), self._known.desired, self._proofs.doubts()
         self._publisher.witness(facts)
-        await changing(lambda: self._publisher.write(facts, desired))
+        await changing(lambda: self._publisher.write(facts, desired, doubts))

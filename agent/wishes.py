@@ -38,6 +38,8 @@ class Desired:
     complete: bool = True
     group_limits: Mapping[str, int] = field(default_factory=dict)
     """What the models of a node group may take of this volume, in bytes."""
+    guarded: Mapping[str, Want] = field(default_factory=dict)
+    """By the name of a cache that must show that its own credentials lead to its model."""
     owner: str | None = ""
     """The identity of the object that says it all: what another one asked for has not left this.
     None where there is no desired state at all, only commands."""
@@ -89,6 +91,7 @@ def of_node(
     found: list[tuple[str, str, Cache]] = []
     errors = [SpecError(name=name, message=message) for name, message in node.refused]
     refused: set[CacheKey] = set()
+    guarded: dict[str, Want] = {}
     for entry in node.entries:
         meta = caches.get((entry.namespace, entry.model))
         if meta is None and entry.name in unconfirmed:
@@ -106,6 +109,8 @@ def of_node(
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
             continue
+        if entry.guarded:
+            guarded[entry.name] = asked
         found.append((meta.created if meta else "", entry.name, Cache(name=entry.name, want=asked)))
     oldest_first = sorted(found, key=lambda item: item[:2])
     desired = join((("", cache) for *_, cache in oldest_first), errors)
@@ -115,6 +120,7 @@ def of_node(
         spoken_for=frozenset(refused),
         complete=not node.refused,
         owner=node.uid,
+        guarded={name: want for name, want in guarded.items() if name in desired.names},
         group_limits={name: group.limit for name, group in groups.items() if group.limit},
     )
 

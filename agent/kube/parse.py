@@ -52,7 +52,8 @@ class CacheMeta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One entry of a LocalModelNode. `name` is the key of its status (kserve.md 9.1.3)."""
+    """One entry of a LocalModelNode. `name` is the key of its status (kserve.md 9.1.3); `guarded`:
+    it is of a namespace and names credentials (design D12)."""
 
     name: str
     namespace: str
@@ -60,6 +61,7 @@ class ModelEntry:
     uri: str
     group: str
     access: str = ""
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +209,7 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
             uri=uri,
             group=_text(item, "nodeGroup"),
             access=_access(item),
+            guarded=bool(namespace and (item.get("serviceAccountName") or item.get("storage"))),
         )
     return NodeObject(
         uid=_text(metadata, "uid"),

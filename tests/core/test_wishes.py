@@ -23,7 +23,7 @@ def node(*entries: dict[str, Any]) -> NodeObject:
     )
 
 
-def entry(name: str, uri: str | None = URI, **fields: str) -> dict[str, Any]:
+def entry(name: str, uri: str | None = URI, **fields: Any) -> dict[str, Any]:
     return {"modelName": name, "sourceModelUri": uri, **fields}
 
 
@@ -231,3 +231,21 @@ def test_every_entry_is_asked_for_or_refused_in_any_order(entries: Any, random: 
     random.shuffle(raw)
     again = desired(node(*raw), known, groups)
     assert (again.wants, again.names) == (found.wants, found.names)
+
+
+def test_a_cache_of_a_namespace_that_names_credentials_must_show_them() -> None:
+    """Design D12; each with its own, though the older one's bring the model."""
+    found = desired(
+        node(
+            entry("common", storage={"key": "k"}),
+            entry("open", namespace="team-a"),
+            entry("mine", namespace="team-a", serviceAccountName="sa"),
+            entry("other", namespace="team-b", storage={"key": "k"}),
+            entry("empty", namespace="team-b", storage={"parameters": {"type": "hf"}}),
+            entry("refused", "ftp://x/y", namespace="team-b", serviceAccountName="sa"),
+        )
+    )
+    assert set(found.guarded) == {"team-a/mine", "team-b/other", "team-b/empty"}
+    assert '"serviceAccountName": "sa"' in found.guarded["team-a/mine"].access
+    assert found.wants[KEY].access != found.guarded["team-a/mine"].access
+    assert {want.ref for want in found.guarded.values()} == {found.wants[KEY].ref}
