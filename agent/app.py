@@ -221,7 +221,10 @@ def _make_private(state: Path) -> None:
     with disk_errors(f"make the state directory {state}"):
         state.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in state.iterdir() if path.name != "lost+found"]
-        ours = (layout.INDEX, layout.SOCKET, layout.STATUS, layout.KNOWN_VOLUME)
+        ours = (
+            *(layout.INDEX, layout.SOCKET, layout.STATUS, layout.KNOWN_VOLUME),
+            layout.AUTHORITIES,
+        )
         if not all(name.startswith(ours) for name in names):
             # `--state /tmp` must not close /tmp to everybody else.
             raise AgentError(
@@ -366,6 +369,7 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
                     if (now := cluster.desired()) != desired:
                         desired = now
                         cache.reconciler.desire(desired)
+                    cache.reconciler.look_every(cluster.look_seconds)
                     await looking(cache.store.check)
                     if (seen := cluster.users()) != users:
                         users = seen

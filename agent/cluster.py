@@ -1,8 +1,8 @@
 """What the API server says to one node, and what the node says back (design D15, D16).
 
-Five watches, a Lease, a status, Events, and a list of the node's pods before a model goes; nothing
-else is ever asked of the API server. The cache itself is kept by `reconcile`, which does not know
-that there is a cluster.
+Seven watches, a Lease, a status, Events, a list of the node's pods before a model goes, and what a
+cache names of credentials; nothing else is ever asked of the API server. The cache itself is kept
+by `reconcile`, which does not know that there is a cluster.
 """
 
 import asyncio
@@ -10,15 +10,17 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from math import inf
 from typing import Any
 
-from agent import __version__, disk, usage
+from agent import __version__, disk, layout, usage
 from agent.access import Access
 from agent.arrivals import Arrivals
+from agent.authorities import Authorities
 from agent.config import Settings
 from agent.errors import AgentError, Reason
+from agent.kserve import KServe
 from agent.kube import parse
 from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
@@ -93,8 +95,9 @@ class Cluster:
         self._caches = self._metadata("localmodelcaches", "LocalModelCache")
         # KServe 0.17 and older has no such kind.
         self._namespace_caches = self._metadata(
-            "localmodelnamespacecaches", "LocalModelNamespaceCache", may_be_absent=True
+            "localmodelnamespacecaches", "LocalModelNamespaceCache", none_on=(404,)
         )
+        self._kserve = KServe(api, namespace=settings.kserve_namespace, changed=self.wake)
         self._lease = Lease(
             api,
             settings.pod_namespace,
@@ -107,21 +110,32 @@ class Cluster:
             api, node, compose=self._compose, contested=self._tell_of_another_writer
         )
         self._recorder = Recorder(api, node=node)
-        self.access = Access(api, config_namespace=settings.kserve_namespace).environment
+        self.access = self._access().given
 
-    def _metadata(self, plural: str, kind: str, *, may_be_absent: bool = False) -> Watch[CacheMeta]:
+    def _access(self) -> Access:
+        return Access(
+            self._api,
+            config_namespace=self._settings.kserve_namespace,
+            watched=self._kserve.read,
+            authorities=Authorities(self._settings.state_directory / layout.AUTHORITIES).file,
+        )
+
+    def _metadata(
+        self, plural: str, kind: str, *, none_on: Collection[int] = ()
+    ) -> Watch[CacheMeta]:
         return Watch(
             self._api,
             f"{_SERVING}/{plural}",
             parse=lambda raw: parse.cache_meta(raw, kind),
             changed=self.wake,
             metadata_only=True,
-            may_be_absent=may_be_absent,
+            none_on=none_on,
         )
 
     @property
     def _watches(self) -> tuple[Watch[Any], ...]:
-        return self._node, self._pods, self._groups, self._caches, self._namespace_caches
+        ours = (self._node, self._pods, self._groups, self._caches, self._namespace_caches)
+        return *ours, *self._kserve.watches
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """Everything that goes on beside the cache, each until cancelled."""
@@ -194,7 +208,13 @@ class Cluster:
             unconfirmed=self._unconfirmed(caches),
             check=scheme_of,
             served=self._served,
+            containers=self._kserve.containers,
         )
+
+    @property
+    def look_seconds(self) -> float | None:
+        """How often KServe wants the models to be looked at; None where it does not say."""
+        return self._kserve.look_seconds
 
     def _unconfirmed(self, caches: Mapping[tuple[str, str], CacheMeta]) -> set[str]:
         """Entries without a cache, for as long as its watch may just not have heard of it yet.

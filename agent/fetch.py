@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from agent import manifest
@@ -19,7 +19,7 @@ from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
 from agent.model import CacheKey, Job, Listing, Locator, RemoteFile, Stage, Want
 from agent.ratelimits import RateLimits
-from agent.sources import SCHEMES, Source, Sources
+from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.store import Store
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
@@ -74,12 +74,12 @@ class Tally:
         return time.monotonic() - self.begun_at
 
 
-Access = Callable[[Want], Awaitable[Mapping[str, str] | None]]
-"""The variables that a source is to use for one model; None: those of this process."""
+Access = Callable[[Want], Awaitable[Given]]
+"""What a source is to work with for one model."""
 
 
-async def own_access(want: Want) -> None:
-    return None
+async def own_access(want: Want) -> Given:
+    return OWN
 
 
 class Fetcher:
@@ -117,6 +117,18 @@ class Fetcher:
     async def today(self, want: Want) -> Listing:
         """What the source has today; nothing is kept of it."""
         source = await self._source(want)
+        return await self._listed(source, want)
+
+    async def prove(self, want: Want) -> None:
+        """Raise AgentError unless the want's own credentials would bring it today: its listing, and
+        a byte of its largest file. A hub lists to everybody what it gives to few."""
+        source = await self._source(want)
+        listing = await self._listed(source, want)
+        file = max(listing.files, key=lambda file: file.size)
+        if file.size:
+            await self._engine.reach(await source.locate(listing, file), size=file.size)
+
+    async def _listed(self, source: Source, want: Want) -> Listing:
         async with self._limits.heeding(source.host(want.ref)):
             return await source.list(want.ref)
 

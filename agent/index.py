@@ -100,6 +100,14 @@ def refreshes(db: Database) -> None:
     db.execute("create table refreshed (key text primary key, token text not null) strict")
 
 
+@migrations()
+def access_proofs(db: Database) -> None:
+    db.execute(
+        "create table access_proofs (name text primary key, credentials text not null,"
+        " at real not null) strict"
+    )
+
+
 class Index:
     """The index of one volume. Every coroutine is one transaction.
 
@@ -170,6 +178,26 @@ class Index:
                 CacheKey(key): token
                 for key, token in db.execute("select key, token from refreshed").fetchall()
             }
+        )
+
+    async def record_access_proof(self, name: str, credentials: str, when: float) -> None:
+        """The credentials that a cache names, by their digest, have led to its model once. Of many
+        caches that came and went, the newest ten thousand are kept."""
+
+        def statement(db: Database) -> None:
+            row = [name, credentials, when]
+            db.execute("insert or replace into access_proofs values (?, ?, ?)", row)
+            db.execute(
+                "delete from access_proofs where name in"
+                " (select name from access_proofs order by at desc limit -1 offset 10000)"
+            )
+
+        await self._note(statement)
+
+    async def access_proofs(self) -> dict[str, str]:
+        """By the name of a cache, the digest of the credentials that were proven last."""
+        return await self._run(
+            lambda db: dict(db.execute("select name, credentials from access_proofs").fetchall())
         )
 
     async def record_gone(self, key: CacheKey) -> None:

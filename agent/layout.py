@@ -31,6 +31,7 @@ PARTIAL = "partial"
 INDEX = "index.sqlite3"
 SOCKET = "agent.sock"
 STATUS = "status"
+AUTHORITIES = "authorities"  # what TLS trusts for single models
 KNOWN_VOLUME = "volume"  # which volume this machine had last
 
 DIRECTORY_MODE = 0o755

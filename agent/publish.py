@@ -15,13 +15,17 @@ from agent import layout
 from agent.errors import AgentError
 from agent.files import disk_errors
 from agent.metrics import Metrics
-from agent.model import CacheKey
+from agent.model import Attempt, CacheKey
 from agent.phases import TRANSITIONS, Phase
-from agent.status import KSERVE_STATUS, Facts, camel_case, model_status, progress_line
+from agent.status import KSERVE_STATUS, Facts, camel_case, model_status, progress_line, unproven
 from agent.store import Store
 from agent.wishes import Desired, SpecError
 
 Body = Mapping[str, Any]
+Doubts = Mapping[str, Attempt | None]
+"""The caches whose own credentials are not proven, and the last failure to (`agent.proofs`)."""
+
+NO_DOUBTS: Doubts = {}
 
 _log = logging.getLogger(__name__)
 
@@ -95,15 +99,19 @@ class Publisher:
             del self._phases[key]
         self._gauges(facts)
 
-    def write(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> None:
+    def write(
+        self, facts: Mapping[CacheKey, Facts], desired: Desired, doubts: Doubts = NO_DOUBTS
+    ) -> None:
         """The status of every cache. Waits for a disk, and one may be on a network."""
         if self._status is not None:
             try:
-                self._status.write(self._bodies(facts, desired))
+                self._status.write(self._bodies(facts, desired, doubts))
             except AgentError as error:
                 _log.warning("status is not written: %s", error.message)
 
-    def _bodies(self, facts: Mapping[CacheKey, Facts], desired: Desired) -> dict[str, Body]:
+    def _bodies(
+        self, facts: Mapping[CacheKey, Facts], desired: Desired, doubts: Doubts
+    ) -> dict[str, Body]:
         bodies: dict[str, Body] = {}
         for error in desired.errors:
             bodies[error.name] = _refused(error, bodies.get(error.name, {}))
@@ -111,6 +119,8 @@ class Publisher:
             status = model_status(facts[key], path=str(self._store.model(key)))
             if status is None:
                 continue
+            if name in doubts:
+                status = unproven(status, doubts[name])
             # A cache whose file has become unreadable is kept, and its status says so.
             trouble = bodies.get(name, {})
             kept = {k: trouble[k] for k in ("reason", "message") if k in trouble}

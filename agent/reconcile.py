@@ -48,6 +48,7 @@ from agent.model import (
 )
 from agent.pins import Pins
 from agent.plan import plan
+from agent.proofs import Proofs
 from agent.publish import Publisher
 from agent.pulls import Pull, Pulls
 from agent.removal import InUse, Removal, unknown_use
@@ -62,8 +63,10 @@ from agent.wishes import Desired
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 30.0
-"""How often names and sizes of every sealed model are looked at: what was deleted or truncated by
-hand is off offer within a minute."""
+"""How often names and sizes of every sealed model are looked at, at least: what was deleted or
+truncated by hand is off offer within a minute."""
+
+_SOONEST_LOOK_SECONDS = 5.0
 
 _PROGRESS_SECONDS = 5.0
 _SPARED_SECONDS = 10.0
@@ -85,6 +88,7 @@ class Policy:
     min_age_seconds: float = 600.0
     retain_seconds: float = 7 * 86400.0
     """How long a model is kept that left the desired state, where its cache does not say."""
+    look_seconds: float = _LOOK_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +137,7 @@ class Reconciler:
         self._scrub = scrub
         self._history = History(index, metrics, clock)
         self._pins = Pins(store.root)
+        self._proofs = Proofs(index, fetcher.prove, changed=self.wake, clock=clock, dice=dice)
         self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
         self._stopped: AgentError | None = None
         fetcher.suspected = self._suspect
@@ -169,6 +174,13 @@ class Reconciler:
                 _log.warning("%s is refused: %s", error.name, error.message)
         self._known.desired = desired
         self.wake()
+
+    def look_every(self, seconds: float | None) -> None:
+        """How often somebody wants sealed models to be looked at; None: as often as we do."""
+        wanted = max(_SOONEST_LOOK_SECONDS, _LOOK_SECONDS if seconds is None else seconds)
+        if self.policy.look_seconds != (rather := min(_LOOK_SECONDS, wanted)):
+            self.policy.look_seconds = rather
+            self.wake()
 
     def pull(self, want: Want) -> Pull:
         """Ask for one model now, whatever failed before. Raises InvalidSpec, Conflict, ..."""
@@ -296,6 +308,7 @@ class Reconciler:
         await self._note_the_shared()
         known.refreshed = await self._index.refreshed()
         await self._history.open()
+        await self._proofs.open()
         known.ingests = await looking(self._store.ingests)
         known.mend_what_is_complete()
 
@@ -311,6 +324,7 @@ class Reconciler:
                     group.create_task(self._scrub.run(self.sealed, found))
         finally:
             await self._jobs.stop()
+            await self._proofs.stop()
             stopped = AgentError(Reason.STOPPED, "the agent stops; bytes are kept")
             self._pulls.refuse_all(stopped)
             self._refuse_the_outcast(stopped)
@@ -319,10 +333,11 @@ class Reconciler:
     async def _turns(self) -> None:
         while True:
             self._flag.clear()
-            wake_at = self._clock() + _LOOK_SECONDS
+            wake_at = self._clock() + self.policy.look_seconds
             try:
                 decided = await self._turn()
-                wake_at = min(wake_at, decided.wake_at or wake_at, *self._spared.values())
+                due = (*self._spared.values(), self._proofs.next_at)
+                wake_at = min(wake_at, decided.wake_at or wake_at, *due)
                 self._metrics.turns.labels(result="ok").inc()
                 self.turned_at = time.monotonic()
                 self.trouble, self.failed_turns = None, 0
@@ -337,7 +352,7 @@ class Reconciler:
             self.tried.set()
             with suppress(TimeoutError):
                 # A clock that was set back during the turn must not make this a day.
-                seconds = min(_LOOK_SECONDS, max(0.05, wake_at - self._clock()))
+                seconds = min(self.policy.look_seconds, max(0.05, wake_at - self._clock()))
                 async with asyncio.timeout(seconds):
                     await self._flag.wait()
 
@@ -354,6 +369,8 @@ class Reconciler:
         await self._settle_jobs()
         await self._forget_the_forgiven()
         await self._note_the_wanted()
+        known = self._known
+        await self._proofs.turn(known.desired.guarded, {*known.sealed, *known.ingests})
         await self._look_at_all()
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self.wants()
@@ -501,10 +518,11 @@ class Reconciler:
         )
 
     async def _look_at_all(self) -> None:
-        """Names and sizes of every sealed model, twice a minute."""
-        if 0 < self._look_at - self._clock() <= _LOOK_SECONDS:  # else the clock was set back
+        """Names and sizes of every sealed model, twice a minute or as often as was asked for."""
+        seconds = self.policy.look_seconds
+        if 0 < self._look_at - self._clock() <= seconds:  # else the clock was set back
             return
-        self._look_at = self._clock() + _LOOK_SECONDS
+        self._look_at = self._clock() + seconds
         for key, found in list(self._known.sealed.items()):
             try:
                 wrong = await looking(partial(self._store.damage, key, found))
@@ -730,6 +748,6 @@ class Reconciler:
         return attempt
 
     async def _publish(self) -> None:
-        facts, desired = self.facts(), self._known.desired
+        facts, desired, doubts = self.facts(), self._known.desired, self._proofs.doubts()
         self._publisher.witness(facts)
-        await changing(lambda: self._publisher.write(facts, desired))
+        await changing(lambda: self._publisher.write(facts, desired, doubts))

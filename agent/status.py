@@ -21,6 +21,10 @@ KSERVE_STATUS: Mapping[Phase, str] = {
 }
 
 
+UNPROVEN = "Unproven"
+"""Why a model that is here waits for one of its caches, as `Blocked` says it for all of them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """All that is known of one key at one moment."""
@@ -112,6 +116,32 @@ def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
     )
 
 
+def unproven(status: ModelStatus, failed: Attempt | None) -> ModelStatus:
+    """What to say of a model to a cache whose own credentials have not led to it yet.
+
+    Nothing of what others brought: only whether it may have it, and why not.
+    """
+    if status.state != Phase.READY:
+        return status
+    phase, reason = Phase.PENDING, UNPROVEN
+    message = "it is here; the credentials that this cache names are tried first"
+    retry_at = None
+    if failed is not None:
+        heals, retry_at = RULES[failed.reason].heals, failed.retry_at
+        message = f"it is here, but not by the credentials of this cache: {_failure(failed)}"
+        if not heals:
+            phase, reason = Phase.FAILED, failed.reason.value
+    return ModelStatus(
+        key=status.key,
+        uri=status.uri,
+        state=phase.value,
+        model_status=KSERVE_STATUS[phase],
+        reason=reason,
+        message=message,
+        retry_at=rfc3339(retry_at),
+    )
+
+
 def progress_line(facts: Facts, counter: int) -> str | None:
     """The line that a waiting pod reads (design D2): what to do, a counter that moves, numbers.
 
@@ -165,16 +195,19 @@ def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
     if phase is Phase.READY and facts.attempt is not None:
         return facts.attempt.reason.value, f"cannot be refreshed: {facts.attempt.message}"
     if phase is Phase.FAILED and facts.attempt is not None:
-        attempt = facts.attempt
-        when = rfc3339(attempt.retry_at)
-        then = f"next try at {when}" if when else "not tried again until the request changes"
-        advice = RULES[attempt.reason].advice
-        return attempt.reason.value, f"{attempt.message} ({advice}; {then})"
+        return facts.attempt.reason.value, _failure(facts.attempt)
     if phase is Phase.PENDING and facts.block is not None:
         return facts.block.why.value, facts.block.message
     if phase is Phase.PENDING and facts.damaged:
         return Reason.DIGEST_MISMATCH.value, "it was found damaged and is off offer"
     return "", ""
+
+
+def _failure(attempt: Attempt) -> str:
+    """With what to do, and when it is tried again."""
+    when = rfc3339(attempt.retry_at)
+    then = f"next try at {when}" if when else "not tried again until the request changes"
+    return f"{attempt.message} ({RULES[attempt.reason].advice}; {then})"
 
 
 def _kserve(phase: Phase, attempt: Attempt | None) -> str:

@@ -5,8 +5,10 @@ Both deliverers of desired state end here: a directory of YAML, and a cluster's 
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agent.errors import AgentError, Reason
+from agent.kube.credentials import storage_patterns
 from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
 from agent.model import CacheKey, Want, cache_key
 
@@ -36,6 +38,8 @@ class Desired:
     complete: bool = True
     group_limits: Mapping[str, int] = field(default_factory=dict)
     """What the models of a node group may take of this volume, in bytes."""
+    guarded: Mapping[str, Want] = field(default_factory=dict)
+    """By the name of a cache that must show that its own credentials lead to its model."""
     owner: str | None = ""
     """The identity of the object that says it all: what another one asked for has not left this.
     None where there is no desired state at all, only commands."""
@@ -71,6 +75,7 @@ def of_node(
     unconfirmed: Container[str] = (),
     check: Callable[[str], object],
     served: str,
+    containers: Any = None,
 ) -> Desired:
     """What a LocalModelNode asks of its node; None where there is no such object.
 
@@ -78,13 +83,15 @@ def of_node(
     served as the entry says, once it is sure that it is gone: until then its status name is in
     `unconfirmed`, because its annotations may say which bytes are wanted. `check` raises for a URI
     that no source knows: such an entry is refused here, once, and costs no job and no retries.
-    `served` is our cache's directory on the node.
+    `served` is our cache's directory on the node; `containers` is the list of
+    ClusterStorageContainers, whose patterns hold for a cache that has none of its own.
     """
     if node is None:
         return Desired(wants={}, names={}, complete=False)
     found: list[tuple[str, str, Cache]] = []
     errors = [SpecError(name=name, message=message) for name, message in node.refused]
     refused: set[CacheKey] = set()
+    guarded: dict[str, Want] = {}
     for entry in node.entries:
         meta = caches.get((entry.namespace, entry.model))
         if meta is None and entry.name in unconfirmed:
@@ -95,12 +102,15 @@ def of_node(
             check(entry.uri)
             _check_path(groups.get(entry.group), served)
             notes = meta.annotations if meta else {}
-            asked = want(entry.uri, entry.name, notes, group=entry.group)
+            files = storage_patterns(entry.uri, containers)
+            asked = want(entry.uri, entry.name, notes, group=entry.group, files=files)
             asked = replace(asked, access=entry.access)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
             continue
+        if entry.guarded:
+            guarded[entry.name] = asked
         found.append((meta.created if meta else "", entry.name, Cache(name=entry.name, want=asked)))
     oldest_first = sorted(found, key=lambda item: item[:2])
     desired = join((("", cache) for *_, cache in oldest_first), errors)
@@ -110,6 +120,7 @@ def of_node(
         spoken_for=frozenset(refused),
         complete=not node.refused,
         owner=node.uid,
+        guarded={name: want for name, want in guarded.items() if name in desired.names},
         group_limits={name: group.limit for name, group in groups.items() if group.limit},
     )
 

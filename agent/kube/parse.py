@@ -52,7 +52,8 @@ class CacheMeta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One entry of a LocalModelNode. `name` is the key of its status (kserve.md 9.1.3)."""
+    """One entry of a LocalModelNode. `name` is the key of its status (kserve.md 9.1.3); `guarded`:
+    it is of a namespace and names credentials (design D12)."""
 
     name: str
     namespace: str
@@ -60,6 +61,7 @@ class ModelEntry:
     uri: str
     group: str
     access: str = ""
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +136,17 @@ def cache(raw: Any) -> Cache:
     return Cache(name=name, want=replace(asked, floor=_size(spec.get("modelSize")) or 0))
 
 
-def want(uri: str, name: str, annotations: Mapping[str, str], *, group: str = "") -> Want:
-    """What a cache asks for. Raises InvalidSpec naming the annotation."""
+def want(
+    uri: str,
+    name: str,
+    annotations: Mapping[str, str],
+    *,
+    group: str = "",
+    files: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+) -> Want:
+    """What a cache asks for. `files` are the patterns, to take and to leave out, where the cache
+    itself says nothing of either; an empty annotation says: none. Raises InvalidSpec naming the
+    annotation."""
     notes = _ours(annotations)
     on_demand = _one_of(notes, "policy", "eager", "on-demand") == "on-demand"
     if "ttl" in notes and not on_demand:
@@ -145,8 +156,8 @@ def want(uri: str, name: str, annotations: Mapping[str, str], *, group: str = ""
         )
     ref = ModelRef(
         uri=uri,
-        include=patterns(notes.get("include", "")),
-        exclude=patterns(notes.get("exclude", "")),
+        include=patterns(notes["include"]) if "include" in notes else files[0],
+        exclude=patterns(notes["exclude"]) if "exclude" in notes else files[1],
     )
     return Want(
         ref=ref,
@@ -198,6 +209,7 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
             uri=uri,
             group=_text(item, "nodeGroup"),
             access=_access(item),
+            guarded=bool(namespace and (item.get("serviceAccountName") or item.get("storage"))),
         )
     return NodeObject(
         uid=_text(metadata, "uid"),
@@ -212,6 +224,28 @@ def _access(entry: Mapping[str, Any]) -> str:
     """What `credentials.ask` reads of an entry, in one way of writing it."""
     names = ("sourceModelUri", "serviceAccountName", "storage")
     return json.dumps({name: entry[name] for name in names if name in entry}, sort_keys=True)
+
+
+def config_map(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Its data: who else wrote into the object is no change of it."""
+    return {"data": raw.get("data")}
+
+
+def storage_container(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A ClusterStorageContainer, as `credentials` reads it. What is wrong in it is said there, to
+    those whom it concerns: left out, it would be as if it did not match them."""
+    name = _text(_mapping(raw, "metadata"), "name")
+    return {"metadata": {"name": name}, "spec": raw.get("spec"), "disabled": raw.get("disabled")}
+
+
+def look_seconds(config: Mapping[str, Any] | None) -> float | None:
+    """KServe's `reconcilationFrequencyInSecs` (its spelling); None where it says none."""
+    try:
+        section = json.loads(((config or {}).get("data") or {}).get("localModel") or "{}")
+        value = section.get("reconcilationFrequencyInSecs")
+    except (ValueError, TypeError, AttributeError, RecursionError):  # said where it is used
+        return None
+    return float(value) if type(value) is int and 0 < value < 2**31 else None
 
 
 def group(raw: Mapping[str, Any]) -> Group:

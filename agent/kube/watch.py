@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
@@ -24,9 +24,9 @@ _FIRST_SECONDS = 0.5
 _CAP_SECONDS = 30.0
 _ABSENT_SECONDS = 300.0
 _GONE_SECONDS = 300.0
-"""How long a kind that was there must be unknown to be gone. While its CRD is written anew, or an
-API server of several has not heard of it, it is away for seconds; what we drop then is annotations,
-and without them other bytes are wanted."""
+"""How long a kind that was there must be unknown to be gone. While its CRD or our role is written
+anew, or an API server of several has not heard of it, it is away for seconds; what we drop then is
+annotations or patterns, and without them other bytes are wanted."""
 
 _LASTED_SECONDS = 5.0
 """A watch that ends sooner, and has said nothing, is none: something answers in its place."""
@@ -43,7 +43,9 @@ class Watch(Generic[T]):
     """The objects at one path.
 
     `parse` makes ours of theirs; one that it refuses is left out, with a log line, and stops no
-    other. `changed` is called after every change, on the loop.
+    other. `changed` is called after every change, on the loop. `none_on` are the HTTP statuses that
+    mean that there is nothing to be had, and nothing wrong with that: 404 where the kind may be
+    absent, 403 where it may be none of our business.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Watch(Generic[T]):
         changed: Callable[[], None],
         params: Mapping[str, str] | None = None,
         metadata_only: bool = False,
-        may_be_absent: bool = False,
+        none_on: Collection[int] = (),
         dice: Callable[[], float] = random.random,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,7 +67,7 @@ class Watch(Generic[T]):
         self._changed = changed
         self._params = dict(params or {})
         self._metadata_only = metadata_only
-        self._may_be_absent = may_be_absent
+        self._none_on = none_on
         self._dice = dice
         self._ticks = ticks
         self._version = ""
@@ -100,7 +102,7 @@ class Watch(Generic[T]):
 
     def _failed(self, error: ApiError) -> float:
         """Seconds to the next try."""
-        absent = error.status == 404 and self._may_be_absent
+        absent = error.status in self._none_on
         if not absent:
             self._unknown_since = None
         if error.status == 410:

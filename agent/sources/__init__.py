@@ -7,21 +7,21 @@ is. It never moves a byte (design D4). A new scheme is one file here and one lin
 from collections.abc import Callable, Collection, Mapping
 
 from agent.errors import AgentError, Reason
-from agent.sources.base import Source
+from agent.sources.base import OWN, Given, Source
 from agent.sources.hf import HuggingFace
 from agent.sources.http import Web
 from agent.sources.local import LocalPath
 from agent.sources.s3 import S3
 
-Made = Callable[[Mapping[str, str] | None], Source]
-"""Makes a source with the variables of one cache, or (None) with those of this process."""
+Made = Callable[[Given], Source]
+"""Makes a source with what was given for one cache."""
 
 SCHEMES: Mapping[str, Made] = {
-    "hf": HuggingFace.from_environment,
-    "file": lambda environment: LocalPath(),
-    "http": Web.from_environment,
-    "https": Web.from_environment,
-    "s3": S3.from_environment,
+    "hf": lambda given: HuggingFace.from_environment(given.environment, given.authorities),
+    "file": lambda given: LocalPath(),
+    "http": lambda given: Web(given.environment, given.authorities),
+    "https": lambda given: Web(given.environment, given.authorities),
+    "s3": lambda given: S3.from_environment(given.environment, given.authorities),
 }
 
 _INSTEAD = {
@@ -39,16 +39,13 @@ class Sources:
         self._schemes = schemes
         self._made: dict[str, Source] = {}
 
-    def of(self, uri: str, environment: Mapping[str, str] | None = None) -> Source:
-        """With the variables of one cache; of this process, for None.
-
-        Raises Unsupported for a scheme without a source, with what to do instead.
-        """
+    def of(self, uri: str, given: Given = OWN) -> Source:
+        """Raises Unsupported for a scheme without a source, with what to do instead."""
         scheme = scheme_of(uri, self._schemes)
-        if environment is not None:
-            return self._schemes[scheme](environment)
+        if given != OWN:
+            return self._schemes[scheme](given)
         if scheme not in self._made:
-            self._made[scheme] = self._schemes[scheme](None)
+            self._made[scheme] = self._schemes[scheme](OWN)
         return self._made[scheme]
 
 
@@ -70,4 +67,4 @@ def scheme_of(uri: str, schemes: Collection[str] = SCHEMES) -> str:
     return scheme
 
 
-__all__ = ["SCHEMES", "Source", "Sources", "scheme_of"]
+__all__ = ["OWN", "SCHEMES", "Given", "Source", "Sources", "scheme_of"]

@@ -28,8 +28,10 @@ _HOME_FILES = {
     "AWS_CONFIG_FILE": "~/.aws/config",
     "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
 }
-# What names an identity of this machine, a file of it, or where its tokens are sent.
+# What names an identity of this machine, a file of it, or where its tokens are sent. A CA bundle of
+# a cache comes as `authorities`: a path is one of KServe's container.
 _OF_MACHINE = (
+    *("AWS_CA_BUNDLE", "CA_BUNDLE_"),
     *("AWS_CONFIG_", "AWS_CONTAINER_", "AWS_EC2_", "AWS_ENDPOINT_URL_STS", "AWS_PROFILE"),
     *("AWS_ROLE_", "AWS_SHARED_", "AWS_WEB_IDENTITY_"),
 )
@@ -54,9 +56,11 @@ def is_region(name: str) -> bool:
 
 
 class Settings:
-    """The names that KServe and the AWS SDKs use, read from one mapping. Raises InvalidSpec."""
+    """The names that KServe and the AWS SDKs use, read from one mapping; `authorities` are those
+    whom TLS trusts where no variable says others. Raises InvalidSpec."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], authorities: str = "") -> None:
+        self._authorities = authorities
         # A secret that was made with `echo` ends in a line feed.
         self.environment = _NO_FILES | {k: v.strip() for k, v in environment.items() if v.strip()}
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
@@ -90,14 +94,14 @@ class Settings:
         return endpoint
 
     def _verify(self) -> bool | str:
-        """As in boto3. A bundle that is not here was one of KServe's container: the machine's own
-        authorities must do, and TLS says so if they do not."""
+        """As in boto3. A bundle that is not here was one of KServe's container: the authorities
+        that were given, or the machine's, must do, and TLS says so if they do not."""
         if self.environment.get("S3_VERIFY_SSL", "").lower() in ("0", "false"):
             return False
         bundle = self._first("AWS_CA_BUNDLE")
         if not bundle and "CA_BUNDLE_CONFIGMAP_NAME" in self.environment:
             bundle = self._first("CA_BUNDLE_VOLUME_MOUNT_POINT") + "/cabundle.crt"
-        return bundle if Path(bundle).is_file() else True
+        return bundle if Path(bundle).is_file() else self._authorities or True
 
     def _first(self, *names: str) -> str:
         return next((self.environment[name] for name in names if name in self.environment), "")

@@ -1,12 +1,28 @@
 """What a source is, and what all of them share: patterns, and the order of a listing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
 
 from agent.errors import AgentError, Reason
 from agent.layout import check_paths
 from agent.model import Listing, Locator, ModelRef, RemoteFile
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a source is to work with for one model.
+
+    `environment` are the variables that it reads; None: those of this process. `authorities` is the
+    path of a file with all whom TLS trusts; "" for whom the machine trusts.
+    """
+
+    environment: Mapping[str, str] | None = field(default=None, repr=False)
+    authorities: str = ""
+
+
+OWN = Given()
 
 
 class Source(Protocol):
@@ -29,13 +45,16 @@ class Source(Protocol):
         ...
 
 
-def pin(ref: ModelRef, revision: str, files: Iterable[RemoteFile]) -> Listing:
+def pin(
+    ref: ModelRef, revision: str, files: Iterable[RemoteFile], *, chosen: bool = False
+) -> Listing:
     """The listing of what the patterns leave, sorted. Raises EmptyListing or UnsafePath.
 
-    Only what is selected must be safe: a hostile or odd name can be excluded.
+    Only what is selected must be safe: a hostile or odd name can be excluded. `chosen`: the URI
+    names one file, and patterns choose among several.
     """
     found = sorted(files, key=lambda file: file.path.encode(errors="surrogatepass"))
-    left = tuple(file for file in found if selected(file.path, ref))
+    left = tuple(file for file in found if chosen or selected(file.path, ref))
     if not left:
         patterns = f"include {list(ref.include)}, exclude {list(ref.exclude)}"
         why = f"no file is left by {patterns}" if ref.include or ref.exclude else "it has no files"

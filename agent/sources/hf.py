@@ -92,6 +92,7 @@ class HuggingFace:
         token: Callable[[], str | None],
         *,
         offline: bool = False,
+        authorities: str = "",
         answer_seconds: float = _ANSWER_SECONDS,
         listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
@@ -104,6 +105,7 @@ class HuggingFace:
         self._endpoint = endpoint.rstrip("/")
         self._ask_token = token
         self._offline = offline
+        self._authorities = authorities
         self._answer_seconds = answer_seconds
         self._listing_seconds = listing_seconds
 
@@ -111,15 +113,18 @@ class HuggingFace:
         return f"HuggingFace({self._endpoint!r})"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "HuggingFace":
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, authorities: str = ""
+    ) -> "HuggingFace":
         """With the token of one cache, or (None) with this process's own. The hub is the
         operator's choice, unless the cache's own container says another."""
         own = os.environ.get("HF_ENDPOINT") or _DEFAULT_ENDPOINT
         if environment is None:
-            return cls(own, get_token)
+            return cls(own, get_token, authorities=authorities)
         token = environment.get("HF_TOKEN", "").strip() or None
+        endpoint = environment.get("HF_ENDPOINT") or own
         offline = environment.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-        return cls(environment.get("HF_ENDPOINT") or own, lambda: token, offline=offline)
+        return cls(endpoint, lambda: token, offline=offline, authorities=authorities)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
@@ -139,6 +144,7 @@ class HuggingFace:
         return HttpLocator(
             url=f"{self._endpoint}/{address.repo}/resolve/{quote(listing.revision)}/{path}",
             headers={"Authorization": f"Bearer {token}"} if token else {},
+            verify=self._authorities or True,
         )
 
     def _refuse_offline(self, ref: ModelRef) -> None:
@@ -166,6 +172,7 @@ class HuggingFace:
             _hub_errors(ref.uri, self._endpoint),
             bounded(
                 self._endpoint,
+                authorities=self._authorities,
                 answer_seconds=self._answer_seconds,
                 seconds=self._listing_seconds,
             ),

@@ -7,9 +7,11 @@ anybody noticing. `Digest` and `Repr-Digest` are promises where they are given; 
 
 import base64
 import binascii
+import functools
 import hashlib
 import json
 import re
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
 from agent.sources.base import pin
+from agent.threads import looking
 
 _SECONDS = 30.0  # until the headers are there
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -32,12 +35,9 @@ class Web:
     """Files of web servers. `<host>-headers` of the environment is the JSON of headers for that
     host (kserve.md 5.2)."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, authorities: str = "") -> None:
         self._environment = dict(environment or {})
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Web":
-        return cls(environment or {})
+        self._authorities = authorities
 
     def __repr__(self) -> str:
         return "<Web>"
@@ -71,7 +71,11 @@ class Web:
         version = file.version or ""
         condition = "If-Match" if version.startswith('"') else "If-Unmodified-Since"
         headers = self._headers(listing.ref.uri)
-        return HttpLocator(url=listing.ref.uri, headers={**headers, condition: version})
+        return HttpLocator(
+            url=listing.ref.uri,
+            headers={**headers, condition: version},
+            verify=self._authorities or True,
+        )
 
     def _headers(self, uri: str) -> dict[str, str]:
         host = urlsplit(uri).hostname or ""
@@ -90,8 +94,11 @@ class Web:
         timeout = aiohttp.ClientTimeout(total=_SECONDS)
         headers = {**self._headers(uri), "Accept-Encoding": "identity"}
         with _errors(uri):
+            trust = await looking(lambda: _trust(self._authorities))
             async with (
-                aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,
+                aiohttp.ClientSession(
+                    timeout=timeout, trust_env=True, connector=aiohttp.TCPConnector(ssl=trust)
+                ) as session,
                 session.get(uri, headers=headers) as answer,
             ):
                 if answer.status != 200:
@@ -102,6 +109,12 @@ class Web:
                     )
                 answer.close()  # the rest of the body is not wanted
                 return answer.headers
+
+
+@functools.lru_cache(maxsize=16)
+def _trust(authorities: str) -> ssl.SSLContext | bool:
+    """The file is named by its content: one that changed has another name."""
+    return ssl.create_default_context(cafile=authorities) if authorities else True
 
 
 def _name(uri: str) -> str:

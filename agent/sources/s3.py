@@ -79,9 +79,13 @@ class S3:
     """An object store, with the credentials and settings of one environment."""
 
     def __init__(
-        self, environment: Mapping[str, str], *, listing_seconds: float = _LISTING_SECONDS
+        self,
+        environment: Mapping[str, str],
+        authorities: str = "",
+        *,
+        listing_seconds: float = _LISTING_SECONDS,
     ) -> None:
-        self._settings = Settings(environment)
+        self._settings = Settings(environment, authorities)
         self._listing_seconds = listing_seconds
         self._lock = threading.Lock()
         self._clients: dict[str, Any] = {}
@@ -93,11 +97,13 @@ class S3:
         return f"S3({self._settings.where!r})"
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "S3":
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, authorities: str = ""
+    ) -> "S3":
         """With the variables of one cache, or (None) with those of this process. The same one for
         the same variables: it holds connections, and what it has learned of a bucket."""
         given = of_process(os.environ) if environment is None else of_cache(environment)
-        return _kept(frozenset(given.items()))
+        return _kept(frozenset(given.items()), authorities)
 
     def check(self, ref: ModelRef) -> None:
         _parse(ref.uri)
@@ -110,7 +116,8 @@ class S3:
         try:
             async with asyncio.timeout(self._listing_seconds):
                 found = await looking(lambda: self._find(ref, address))
-                listing = pin(ref, _revision(found), found)  # nothing is asked of an unsafe name
+                # Nothing is asked of an unsafe name.
+                listing = pin(ref, _revision(found), found, chosen=_is_named(address, found))
                 return replace(listing, files=await self._promised(address, listing.files))
         except TimeoutError as error:
             raise AgentError(
@@ -186,7 +193,8 @@ class S3:
             found = [_object(entry) for entry in self._entries(client, ref, address)]
             if sum(file.size for file in found) >= _SIZES:
                 raise ValueError("it lists more bytes than there can be")
-            chosen = [file for file in found if selected(file.path, ref)]
+            single = _is_named(address, found)
+            chosen = [file for file in found if single or selected(file.path, ref)]
         return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass"))
 
     def _entries(
@@ -263,8 +271,8 @@ class S3:
 
 
 @functools.lru_cache(maxsize=16)
-def _kept(given: frozenset[tuple[str, str]]) -> S3:
-    return S3(dict(given))
+def _kept(given: frozenset[tuple[str, str]], authorities: str) -> S3:
+    return S3(dict(given), authorities)
 
 
 def _parse(uri: str) -> _Address:
@@ -273,6 +281,11 @@ def _parse(uri: str) -> _Address:
         raise AgentError(Reason.INVALID_SPEC, f"{uri[:200]!a} must be s3://bucket[/prefix or key]")
     # As KServe: no key begins with a slash.
     return _Address(match["bucket"], (match["below"] or "").lstrip("/"))
+
+
+def _is_named(address: _Address, files: Iterable[RemoteFile]) -> bool:
+    """Whether the URI names this one object: then patterns choose nothing, as in KServe."""
+    return any(file.origin == address.key for file in files)
 
 
 def _revision(files: Iterable[RemoteFile]) -> str:

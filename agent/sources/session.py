@@ -8,6 +8,7 @@ the reconciler's to say (design D4, D10).
 """
 
 import functools
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from agent.errors import AgentError, Reason
 class _Bounds:
     endpoint: str
     origin: tuple[str, str, int | None]
+    authorities: str
     answer_seconds: float
     deadline: float  # of time.monotonic
 
@@ -41,14 +43,17 @@ _BOUNDS: ContextVar[_Bounds | None] = ContextVar("_BOUNDS", default=None)
 
 
 @contextmanager
-def bounded(endpoint: str, *, answer_seconds: float, seconds: float) -> Iterator[None]:
+def bounded(
+    endpoint: str, *, authorities: str = "", answer_seconds: float, seconds: float
+) -> Iterator[None]:
     """Every request of the hub's client in this context: no wait for a byte is longer than
-    `answer_seconds`, all of them together take at most `seconds`, none is repeated, and the token
-    goes to this endpoint only.
+    `answer_seconds`, all of them together take at most `seconds`, none is repeated, the token goes
+    to this endpoint only, and TLS trusts the `authorities` (the path of a file; "": the machine's).
     """
     _install()
     deadline = time.monotonic() + seconds
-    bounds = _Bounds(endpoint, _origin(httpx2.URL(endpoint)), answer_seconds, deadline)
+    origin = _origin(httpx2.URL(endpoint))
+    bounds = _Bounds(endpoint, origin, authorities, answer_seconds, deadline)
     token = _BOUNDS.set(bounds)
     try:
         yield
@@ -59,6 +64,13 @@ def bounded(endpoint: str, *, answer_seconds: float, seconds: float) -> Iterator
 @functools.cache
 def _install() -> None:
     set_client_factory(lambda: _Session(follow_redirects=True, timeout=30.0))
+
+
+@functools.lru_cache(maxsize=16)
+def _trusting(authorities: str) -> httpx2.Client:
+    """One for each file of authorities, which is named by its content."""
+    context = ssl.create_default_context(cafile=authorities)
+    return httpx2.Client(follow_redirects=True, timeout=30.0, verify=context)
 
 
 class _Session(httpx2.Client):
@@ -74,7 +86,8 @@ class _Session(httpx2.Client):
             # A mirror that passes the hub's own pages on names the hub in them.
             request.headers.pop("Authorization", None)
         try:
-            response = super().send(request, **{**options, "stream": True})
+            send = _trusting(bounds.authorities).send if bounds.authorities else super().send
+            response = send(request, **{**options, "stream": True})
             response.stream = _Watched(response.stream, bounds)
             response.read()
         except httpx2.TimeoutException as error:

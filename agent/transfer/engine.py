@@ -99,6 +99,16 @@ class Engine:
             finally:
                 sink.close()
 
+    async def reach(self, locator: Locator, *, size: int) -> None:
+        """Ask for the last byte of a file, as a download would. Raises AgentError if it is not
+        given. Not behind the downloads: it is over at once."""
+
+        def work(cancellation: Cancellation) -> None:
+            with self._open(locator, size - 1, size, cancellation):
+                pass
+
+        await self._in_thread(work)
+
     async def hash(self, path: Path, *, size: int, promised: Digest | None) -> str | None:
         """The SHA-256 of a file that is there, if it is of that size and keeps the promise."""
 
@@ -168,7 +178,7 @@ class Engine:
     def _move(
         self, sink: Sink, tally: "_Tally", locator: Locator, cancellation: Cancellation
     ) -> None:
-        with self._open(locator, sink, cancellation) as body:
+        with self._open(locator, sink.offset, sink.size, cancellation) as body:
             if body.start != sink.offset:
                 sink.restart()
                 tally.settle(sink.offset)
@@ -187,15 +197,15 @@ class Engine:
 
     @contextlib.contextmanager
     def _open(
-        self, locator: Locator, sink: Sink, cancellation: Cancellation
+        self, locator: Locator, start: int, size: int, cancellation: Cancellation
     ) -> Iterator[Body | LocalBody]:
         if isinstance(locator, HttpLocator):
             with self._exchange.get(
-                locator, start=sink.offset, size=sink.size, cancellation=cancellation
+                locator, start=start, size=size, cancellation=cancellation
             ) as body:
                 yield body
         else:
-            with contextlib.closing(LocalBody(locator, start=sink.offset)) as local:
+            with contextlib.closing(LocalBody(locator, start=start)) as local:
                 yield local
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.cluster.control_plane import Answer, ControlPlane
-from tests.cluster.kserve_crds import kserve_crds
+from tests.cluster.kserve_crds import kserve_crds, storage_containers_crd
 from tests.machine import REPOSITORY, replace, until
 
 NAMESPACE = "localmodel-system"
@@ -80,6 +80,7 @@ def install(plane: ControlPlane, *, kserve: bool = False) -> None:
         plane.apply(*kserve_crds())
     else:
         plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "crds")
+    plane.apply(storage_containers_crd())
     plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
     make_kserves_namespaces(plane)
     plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "daemonset/overlays/kserve")

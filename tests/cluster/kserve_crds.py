@@ -42,6 +42,25 @@ def kserve_crds() -> list[Schema]:
     return crds
 
 
+def storage_containers_crd() -> Schema:
+    """KServe's ClusterStorageContainers, which we read and do not install; any field is kept."""
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    schema = {"type": "object", "properties": {"spec": anything, "disabled": {"type": "boolean"}}}
+    names = {"kind": "ClusterStorageContainer", "plural": "clusterstoragecontainers"}
+    version = {"name": "v1alpha1", "served": True, "storage": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "clusterstoragecontainers.serving.kserve.io"},
+        "spec": {
+            "group": "serving.kserve.io",
+            "names": names,
+            "scope": "Cluster",
+            "versions": [{**version, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+
+
 def schema_of(crd: Mapping[str, Any]) -> Schema:
     schema: Schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return schema

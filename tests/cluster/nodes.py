@@ -212,3 +212,17 @@ def cache(name: str, uri: str, groups: list[str], **annotations: str) -> dict[st
         "metadata": {"name": name, "annotations": notes},
         "spec": {"sourceModelUri": uri, "modelSize": "1Gi", "nodeGroups": groups},
     }
+
+
+def storage_container(name: str, prefix: str, *env: Mapping[str, Any]) -> dict[str, Any]:
+    """A ClusterStorageContainer for the downloads of URIs that begin so."""
+    return {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": "ClusterStorageContainer",
+        "metadata": {"name": name},
+        "spec": {
+            "workloadType": "localModelDownloadJob",
+            "supportedUriFormats": [{"prefix": prefix}],
+            "container": {"name": "storage-initializer", "image": "any", "env": list(env)},
+        },
+    }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.cluster.identity import JOBS, KSERVE, NAMESPACE, SERVICE_ACCOUNT
-from tests.cluster.nodes import Node
+from tests.cluster.nodes import Node, storage_container
 from tests.conftest import URI
 from tests.machine import until
 
@@ -62,6 +62,10 @@ def calls(node: Node) -> set[Call]:
 
 
 def test_every_rule_is_used_and_every_call_is_allowed(node: Node) -> None:
+    reference = {"name": "not-there", "key": "x", "optional": True}
+    variable = {"name": "X", "valueFrom": {"configMapKeyRef": reference}}
+    container = storage_container(f"of-{node.name}", "hf://a/", variable)
+    node.plane.apply(container)
     node.want_entries(
         {"modelName": "tiny", "sourceModelUri": URI},
         # What is broken is told by an Event; what is named is read.

@@ -315,9 +315,7 @@ class ClusterContract:
         self, other_world: OtherWorld, other_api: Noting
     ) -> None:
         path = f"{SERVING}/nosuchthings"
-        absent: Watch[Json] = Watch(
-            other_api, path, parse=dict, changed=nothing, may_be_absent=True
-        )
+        absent: Watch[Json] = Watch(other_api, path, parse=dict, changed=nothing, none_on=(404,))
         needed: Watch[Json] = Watch(other_api, path, parse=dict, changed=nothing)
         async with running(absent.run(), needed.run()):
             await absent.listed.wait()

@@ -23,7 +23,7 @@ def node(*entries: dict[str, Any]) -> NodeObject:
     )
 
 
-def entry(name: str, uri: str | None = URI, **fields: str) -> dict[str, Any]:
+def entry(name: str, uri: str | None = URI, **fields: Any) -> dict[str, Any]:
     return {"modelName": name, "sourceModelUri": uri, **fields}
 
 
@@ -47,8 +47,11 @@ def desired(
     found: NodeObject | None,
     known: dict[tuple[str, str], CacheMeta] | None = None,
     groups: dict[str, Group] | None = None,
+    containers: Any = None,
 ) -> Desired:
-    return of_node(found, known or {}, groups or {}, check=scheme_of, served=SERVED)
+    return of_node(
+        found, known or {}, groups or {}, check=scheme_of, served=SERVED, containers=containers
+    )
 
 
 def errors(found: Desired) -> dict[str, Reason]:
@@ -80,6 +83,40 @@ def test_annotations_are_those_of_the_entrys_own_cache() -> None:
     found = desired(node(entry("a"), entry("a", OTHER, namespace="team")), known)
     assert found.wants[KEY].ref == ModelRef(uri=URI, include=("*.json",))
     assert found.wants[cache_key(OTHER)].ref == ModelRef(uri=OTHER, include=("*.txt",))
+
+
+def _containers(allow: str, ignore: str = "") -> dict[str, Any]:
+    variables = {"STORAGE_ALLOW_PATTERNS": allow, "STORAGE_IGNORE_PATTERNS": ignore}
+    env = [{"name": name, "value": value} for name, value in variables.items()]
+    formats = [{"prefix": "hf://acme/"}]
+    spec = {"workloadType": "localModelDownloadJob", "supportedUriFormats": formats}
+    return {"items": [{"metadata": {"name": "c"}, "spec": {**spec, "container": {"env": env}}}]}
+
+
+def test_9_1_12_patterns_of_a_storage_container_are_those_of_its_caches() -> None:
+    found = desired(node(entry("a"), entry("b")), containers=_containers("*.json,*.bin", "x.bin"))
+    assert found.wants[KEY].ref == ModelRef(
+        uri=URI, include=("*.json", "*.bin"), exclude=("x.bin",)
+    )
+    assert found.wants[KEY].names == {"a", "b"}
+
+
+def test_an_annotation_wins_over_the_pattern_of_its_kind_and_an_empty_one_lifts_it() -> None:
+    containers = _containers("*.json", "x.json")
+    known = caches(("a", "1", {"include": "*.bin"}), ("b", "1", {"exclude": ""}))
+    one = desired(node(entry("a")), known, containers=containers)
+    assert one.wants[KEY].ref == ModelRef(uri=URI, include=("*.bin",), exclude=("x.json",))
+    other = desired(node(entry("b")), known, containers=containers)
+    assert other.wants[KEY].ref == ModelRef(uri=URI, include=("*.json",))
+    both = desired(node(entry("a"), entry("b")), known, containers=containers)
+    assert errors(both) == {"b": Reason.INVALID_SPEC}
+
+
+def test_patterns_that_cannot_be_read_refuse_their_caches_and_remove_nothing() -> None:
+    found = desired(node(entry("a")), containers=_containers("[1]"))
+    assert errors(found) == {"a": Reason.UNAUTHORIZED}
+    assert found.wants == {}
+    assert found.spoken_for == {KEY}
 
 
 def test_an_entry_whose_cache_is_gone_is_served_as_it_says() -> None:
@@ -194,3 +231,21 @@ def test_every_entry_is_asked_for_or_refused_in_any_order(entries: Any, random: 
     random.shuffle(raw)
     again = desired(node(*raw), known, groups)
     assert (again.wants, again.names) == (found.wants, found.names)
+
+
+def test_a_cache_of_a_namespace_that_names_credentials_must_show_them() -> None:
+    """Design D12; each with its own, though the older one's bring the model."""
+    found = desired(
+        node(
+            entry("common", storage={"key": "k"}),
+            entry("open", namespace="team-a"),
+            entry("mine", namespace="team-a", serviceAccountName="sa"),
+            entry("other", namespace="team-b", storage={"key": "k"}),
+            entry("empty", namespace="team-b", storage={"parameters": {"type": "hf"}}),
+            entry("refused", "ftp://x/y", namespace="team-b", serviceAccountName="sa"),
+        )
+    )
+    assert set(found.guarded) == {"team-a/mine", "team-b/other", "team-b/empty"}
+    assert '"serviceAccountName": "sa"' in found.guarded["team-a/mine"].access
+    assert found.wants[KEY].access != found.guarded["team-a/mine"].access
+    assert {want.ref for want in found.guarded.values()} == {found.wants[KEY].ref}

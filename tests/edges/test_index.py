@@ -193,6 +193,24 @@ async def test_every_reason_makes_the_round_trip(path: Path) -> None:
         assert await index.attempts() == attempts
 
 
+async def test_proofs_of_credentials_survive_and_the_oldest_of_very_many_go(path: Path) -> None:
+    async with opened(path) as index:
+        await index.record_access_proof("team-a/x", "one", 1.0)
+        await index.record_access_proof("team-a/x", "two", 2.0)
+        await index.record_access_proof("team-b/y", "one", 1.0)
+    with closing(sqlite3.connect(path)) as db, db:
+        many = [(f"n/{number}", "c", 3.0) for number in range(9_998)]
+        db.executemany("insert into access_proofs values (?, ?, ?)", many)
+    async with opened(path) as index:
+        proofs = await index.access_proofs()
+        assert (proofs["team-a/x"], proofs["team-b/y"]) == ("two", "one")
+        await index.record_access_proof("team-c/z", "one", 4.0)
+        proofs = await index.access_proofs()
+        assert len(proofs) == 10_000
+        assert "team-b/y" not in proofs
+        assert proofs["team-a/x"] == "two"
+
+
 async def test_a_word_of_a_newer_version_is_skipped(path: Path) -> None:
     async with opened(path) as index:
         await index.record_attempt(FAILED)
@@ -208,6 +226,7 @@ async def test_migrations_are_applied_once(path: Path) -> None:
             pass
     names = rows(path, "select name from _sqlite_migrations order by name")
     assert [name for (name,) in names] == [
+        "access_proofs",
         "asked_and_pods",
         "history_and_leaving",
         "models_and_attempts",

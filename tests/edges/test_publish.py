@@ -1,5 +1,6 @@
-"""The lines that waiting pods read: written where they say something new."""
+"""What is said: progress lines where they are new, and to each cache what it may have."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 from agent import layout
 from agent.errors import Reason
 from agent.metrics import Metrics
-from agent.model import Attempt, CacheKey, Job, ModelRef, Stage
+from agent.model import Attempt, CacheKey, Entry, Job, ModelRef, Stage
 from agent.publish import Publisher
 from agent.status import Facts
 from agent.store import Store
+from agent.wishes import Desired
 
 REF = ModelRef(uri="hf://acme/tiny")
 
@@ -67,3 +69,62 @@ def test_a_line_that_somebody_waits_on_moves(store: Counting) -> None:
         assert line(store) == f"wait {number} 1 9 Fetching\n"
     publisher.progress(failed(Reason.GATED))
     assert line(store) == "fallback 5 0 0 Gated\n"
+
+
+class _Said:
+    """Where the status goes."""
+
+    def __init__(self) -> None:
+        self.bodies: Mapping[str, Any] = {}
+
+    def write(self, bodies: Mapping[str, Any]) -> None:
+        self.bodies = bodies
+
+
+ENTRY = Entry(
+    ref=REF,
+    revision="r1",
+    fingerprint="sha256:00",
+    bytes=10,
+    files=1,
+    sealed_at=100.0,
+    last_used=100.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state", "word", "said"),
+    [
+        (None, "Pending", "ModelDownloadPending", "Unproven"),
+        (Reason.API_SERVER, "Pending", "ModelDownloadPending", "Unproven"),
+        (Reason.NETWORK, "Pending", "ModelDownloadPending", "Unproven"),
+        (Reason.UNAUTHORIZED, "Failed", "ModelDownloadError", "Unauthorized"),
+        (Reason.GATED, "Failed", "ModelDownloadError", "Gated"),
+    ],
+)
+def test_who_has_not_shown_his_credentials_is_told_so_and_nobody_else(
+    store: Counting, reason: Reason | None, state: str, word: str, said: str
+) -> None:
+    status = _Said()
+    doubt = reason and Attempt(
+        key=REF.key, reason=reason, message="it said no", count=1, retry_at=1e9
+    )
+    desired = Desired(wants={}, names={"tiny": REF.key, "team-a/tiny": REF.key})
+    known = facts(entry=ENTRY)[0]
+    publisher = Publisher(store, Metrics(), status)
+    publisher.write({REF.key: known}, desired, {"team-a/tiny": doubt or None})
+    assert status.bodies["tiny"]["modelStatus"] == "ModelDownloaded"
+    told = status.bodies["team-a/tiny"]
+    assert (told["state"], told["modelStatus"], told["reason"]) == (state, word, said)
+    assert ("it said no" in told["message"]) is (reason is not None)
+    assert told.get("retryAt", "") == ("2001-09-09T01:46:40Z" if reason else "")
+    assert not told.keys() & {"fingerprint", "revision", "path", "readyAt", "lastUsed"}
+
+
+def test_of_a_model_that_is_not_here_all_its_caches_are_told_the_same(store: Counting) -> None:
+    status = _Said()
+    desired = Desired(wants={}, names={"tiny": REF.key, "team-a/tiny": REF.key})
+    publisher = Publisher(store, Metrics(), status)
+    publisher.write({REF.key: failed(Reason.NETWORK)[0]}, desired, {"team-a/tiny": None})
+    first, second = ({**body, "name": ""} for body in status.bodies.values())
+    assert first == second

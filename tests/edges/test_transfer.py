@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import RULES, AgentError, Reason
+from agent.model import HttpLocator
 from agent.transfer import Engine
 from agent.transfer.sink import BUFFER_BYTES
 from tests.edges.downloads import (
@@ -530,3 +531,21 @@ async def test_errors_are_values(hub: Hub, engine: Engine, tmp_path: Path) -> No
     assert isinstance(error, AgentError)
     assert "sig=" not in repr(error)
     assert "\n" not in error.message
+
+
+# --- whether it would be given --------------------------------------------------------------------
+
+
+async def test_one_byte_is_asked_for_to_see_whether_a_file_is_given(
+    hub: Hub, engine: Engine
+) -> None:
+    locator = HttpLocator(url=url_of(hub, "model.bin"))
+    await engine.reach(locator, size=SIZE)
+    assert hub.bytes_sent() <= 1
+    with pytest.raises(AgentError) as caught:  # it is not the file that was listed
+        await engine.reach(locator, size=SIZE + 1)
+    assert caught.value.reason is not Reason.NETWORK
+    hub.gate(REPO, tokens=["hf_another"])
+    with pytest.raises(AgentError) as caught:
+        await engine.reach(locator, size=SIZE)
+    assert caught.value.reason is Reason.GATED

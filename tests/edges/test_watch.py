@@ -187,7 +187,7 @@ async def test_a_kind_that_was_there_is_gone_after_minutes_and_not_at_once(
     monkeypatch.setattr(watch_module, "_CAP_SECONDS", 0.001)
     ticks = Ticks()
     await world.put(f"{CACHES}/a", {})
-    watch = a_watch(api, CACHES, may_be_absent=True, ticks=ticks)
+    watch = a_watch(api, CACHES, none_on=(404,), ticks=ticks)
 
     async def asked(status: int, times: int = 3) -> None:
         before = len(api.asked)
@@ -217,7 +217,7 @@ def _refusing(status: int) -> Callable[[web.Request], web.Response | None]:
 
 async def test_one_404_takes_nothing_away(world: FakeWorld, api: Noting) -> None:
     await world.put(f"{CACHES}/a", {})
-    watch = a_watch(api, CACHES, may_be_absent=True)
+    watch = a_watch(api, CACHES, none_on=(404,))
     async with running(watch.run()):
         await watch.listed.wait()
         watch._failed(ApiError(404, "404 page not found"))

@@ -34,7 +34,7 @@ from moto.backends import get_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-__all__ = ["KEY", "SECRET", "Answer", "Seen", "Store"]
+__all__ = ["KEY", "REGION", "SECRET", "Answer", "Quiet", "Seen", "Store"]
 
 KEY = "AKIAFAKEFAKEFAKE1234"
 SECRET = "s3sesame/very+secret/0123456789abcdefghi"
@@ -61,7 +61,7 @@ class Seen:
     headers: Mapping[str, str]
 
 
-class _Quiet(WSGIRequestHandler):
+class Quiet(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"  # kept connections
 
     def send_response(self, code: int, message: str | None = None) -> None:
@@ -97,7 +97,7 @@ class Store:
             for backend in account.values():
                 backend.reset()
         self._server = make_server(
-            "127.0.0.1", 0, self._gate, threaded=True, request_handler=_Quiet, ssl_context=self._tls
+            "127.0.0.1", 0, self._gate, threaded=True, request_handler=Quiet, ssl_context=self._tls
         )
         self._server.daemon_threads = True  # type: ignore[attr-defined]
         self.port = self._server.server_port

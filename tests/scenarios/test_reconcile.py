@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -374,3 +375,22 @@ async def test_whatever_happens_every_change_is_a_legal_one_and_offers_are_whole
         assert volume.phase(uri) is Phase.READY
         for key, found in dict(volume.reconciler.sealed()).items():
             assert await volume.fetcher.damaged(found) == [], key
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(10.0, 10.0), (None, 30.0), (1.0, 5.0), (60, 30)])
+async def test_9_1_8_a_lost_folder_is_noticed_as_soon_as_kserve_asks(
+    volume: Volume, asked: float | None, seconds: float
+) -> None:
+    """At least so often, and not in a tight loop."""
+    async with volume.turning():
+        volume.want(OLD)
+        await volume.reach(OLD, Phase.READY)
+        volume.reconciler.look_every(asked)
+        await volume.later(31)  # a look by what was asked before may have been due
+        volume.source.fail("list", AgentError(Reason.NETWORK, "no route"))
+        volume.source.fail("locate", AgentError(Reason.NETWORK, "no route"))
+        shutil.rmtree(volume.store.model(OLD_KEY))
+        await volume.later(seconds - 1)
+        assert volume.phase(OLD) is Phase.READY
+        await volume.later(2)
+        assert volume.phase(OLD) is not Phase.READY

@@ -34,11 +34,12 @@ from agent.model import (
     RemoteFile,
     cache_key,
 )
-from agent.sources import s3
+from agent.sources import Given, Sources, s3
 from agent.sources.s3 import S3
 from agent.transfer import Engine, FileJob
 from tests.contracts.source_contract import bring, generated
 from tests.fakes.s3 import KEY, SECRET, Answer, Store
+from tests.fakes.sts import TokenService
 from tests.fakes.wire import Wire, make_certificates, reply
 from tests.machine import machine
 
@@ -171,6 +172,25 @@ async def test_below(
     # A repair has a listing without the names at the source.
     bare = replace(listing, files=tuple(replace(f, origin="", version=None) for f in listing.files))
     assert await bring(source, bare, tmp_path) == brought
+
+
+async def test_9_1_12_patterns_choose_below_a_prefix_and_not_of_one_object(
+    store: Store, source: S3, tmp_path: Path
+) -> None:
+    """As KServe: who names one object has named the files."""
+    store.put(BUCKET, KEYS)
+
+    async def published(below: str) -> set[str]:
+        uri = f"s3://{BUCKET}/{below}"
+        listing = await source.list(ModelRef(uri=uri, include=("x", "b*"), exclude=("both",)))
+        (directory := tmp_path / below.replace("/", "_")).mkdir()
+        await bring(source, listing, directory)
+        return {file.path for file in listing.files}
+
+    assert await published("a") == {"x"}
+    assert await published("both/") == {"below"}
+    assert await published("both") == {"both"}
+    assert await published("a.txt") == {"a.txt"}
 
 
 async def test_a_whole_bucket(store: Store, source: S3) -> None:
@@ -752,6 +772,34 @@ async def test_web_identity(store: Store, tmp_path: Path, allowed: bool) -> None
             return
         assert await bring(source, await _list(source), tmp_path)
     assert store.of("LIST")[0].headers["x-amz-security-token"] == TOKEN
+
+
+ROLE = "arn:aws:iam::123456789012:role/models"
+
+
+async def test_the_agents_own_role_is_assumed_with_the_token_of_its_pod(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IRSA, from the variables that EKS puts into the agent's pod to the bytes; moto gives keys."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "S3_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("header.claims.signature")
+    with TokenService(store) as sts:
+        for name, value in sts.environment(ROLE, str(tmp_path / "token")).items():
+            monkeypatch.setenv(name, value)
+        source = Sources().of(URI)
+        listing = await source.list(ModelRef(uri=URI))
+        assert len(await bring(source, listing, tmp_path)) == len(FILES)
+        asked = [a for a in sts.asked if a["Action"] == "AssumeRoleWithWebIdentity"]
+        assert {(a["RoleArn"], a["WebIdentityToken"]) for a in asked} == {
+            (ROLE, "header.claims.signature")
+        }
+        # A cache with credentials of its own gets nothing of that role.
+        begun = len(sts.asked)
+        given = Given({**sts.environment(ROLE, str(tmp_path / "token"))})
+        with pytest.raises(AgentError, match="there are no credentials"):
+            await Sources().of(URI, given).list(ModelRef(uri=URI))
+        assert len(sts.asked) == begun
 
 
 async def test_a_cache_cannot_use_the_identity_of_the_machine(store: Store, tmp_path: Path) -> None:
