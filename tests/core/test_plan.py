@@ -894,6 +894,22 @@ def test_the_least_recently_used_is_no_victim_if(why: str) -> None:
     assert _keys(decided, Evict) == [newer.key]
 
 
+@pytest.mark.parametrize("where", ["in_use", "demanded", "kept", "pinned"])
+def test_what_is_begun_is_no_victim_if_somebody_may_want_it(where: str) -> None:
+    """Half of a model goes before any whole one, but for those."""
+    begun, entry, new = _ingest("begun", 40, done=40), _entry("whole", 40), _ingest("new", 30)
+    actual = Actual(
+        entries={entry.key: entry},
+        ingests={begun.ref.key: begun, new.ref.key: new},
+        in_use=frozenset(),
+    )
+    wants, volume = {new.ref.key: Want(ref=new.ref)}, Volume(capacity=1000, free=900, limit=80)
+    decided = plan(wants, actual, volume, now=1e6)
+    assert _keys(decided, Evict, Abandon) == [begun.ref.key]
+    actual = replace(actual, **{where: frozenset({begun.ref.key})})  # type: ignore[arg-type]
+    assert _keys(plan(wants, actual, volume, now=1e6), Evict, Abandon) == [entry.key]
+
+
 def test_what_would_free_nothing_is_no_victim() -> None:
     """A model of empty files."""
     empty, idle_one, new = _entry("empty", 0), _entry("idle", 40, last_used=9.0), _ingest("new", 30)
