@@ -238,11 +238,6 @@ class Reconciler:
         """What a pod that mounts the whole cache may read: also what another agent left."""
         return frozenset({*self._known.sealed, *self._known.foreign})
 
-    def adopting(self, key: CacheKey) -> bool:
-        """Whether another agent left it and its sizes are right: pods start with it."""
-        foreign = self._known.foreign.get(key)
-        return foreign is not None and foreign.whole
-
     def running(self, key: CacheKey) -> Tally | None:
         return self._jobs.tally(key)
 
@@ -269,6 +264,11 @@ class Reconciler:
         missing = await looking(lambda: self._store.damage(key, found))
         self._note_damage(key, missing)
         return not missing
+
+    async def look_beside(self, key: CacheKey) -> bool:
+        """Whether another agent left it, as far as sizes tell: what a pod has started with."""
+        foreign = await looking(lambda: self._store.foreign(key))
+        return foreign is not None and not foreign.lacking
 
     async def use(self, key: CacheKey, *, uses: int = 1) -> None:
         """Somebody used a sealed model until now; `uses` is 0 for one who is counted already."""

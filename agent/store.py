@@ -238,9 +238,10 @@ class Store:
 
     # -- what is not ours -----------------------------------------------------------------------
 
-    def foreign(self, key: CacheKey) -> Foreign | None:
+    def foreign(self, key: CacheKey, *, user: int | None = None) -> Foreign | None:
         """What is known of a directory in this place that this agent never made; None: there is
-        none. A look at names and sizes, compared with the pinned listing, if there is one."""
+        none. A look at names and sizes, compared with the pinned listing, if there is one. `user`
+        is who would take it over, if not this process's."""
         model = self.model(key)
         notes = {note for note, path in _NOTES.items() if os.path.lexists(self.root / path(key))}
         if notes & _OFFERED or not trees.is_directory(model):
@@ -254,7 +255,9 @@ class Store:
         except AgentError as error:
             return Foreign(obstacle=unreadable(error.message))
         seen = [self._seen(key, path, there, volume) for path, there in found]
-        return judge(str(model), seen, self.listing(key), user=os.geteuid())
+        return judge(
+            str(model), seen, self.listing(key), user=os.geteuid() if user is None else user
+        )
 
     def _seen(self, key: CacheKey, path: str, found: os.stat_result, volume: int) -> Seen:
         is_file = stat.S_ISREG(found.st_mode)
@@ -344,15 +347,25 @@ class Store:
         A directory whose manifest is there is left alone, even if that cannot be read.
         """
         with disk_errors(f"abandon {key}"):
-            if not self._notes().get(key, set()) & _OFFERED:
+            offered = bool(self._notes().get(key, set()) & _OFFERED)
+            if not offered:
                 self._settle(key)  # a seal that failed half way left its directory in place
-                if trees.is_directory(self._replaced(key)):
-                    raise AgentError(
-                        Reason.FOREIGN_DIRECTORY,
-                        f"{self._replaced(key)} has lost its place to something newer",
-                    )
-            self._drop_ingest(key)
+            if not offered and trees.is_directory(self._replaced(key)):
+                self._drop_all_but_the_replaced(key)
+            else:
+                self._drop_ingest(key)
             self._files.unlink(self.root / layout.progress(key))
+
+    def _drop_all_but_the_replaced(self, key: CacheKey) -> None:
+        """Something newer is in its place, and not ours either: a human is to choose.
+
+        The listing goes first: without a tree beside it, it would say that the newer one is ours.
+        """
+        self._files.unlink(self._ingest(key) / layout.LISTING)
+        self._files.sync_directory(self._ingest(key))
+        for top in (self.tree(key), self.partial(key)):
+            if trees.is_directory(top):
+                self._trash.take(top, key)
 
     def promote(self, key: CacheKey, path: str) -> None:
         """A partial file was proven and fsynced: give it its name in the tree."""
@@ -432,6 +445,10 @@ class Store:
         the two renames nothing has the name; there is no wait between them.
         """
         target, aside = self.model(key), self._replaced(key)
+        if trees.is_directory(aside):
+            raise AgentError(
+                Reason.FOREIGN_DIRECTORY, f"{aside} has lost its place to {target}; move one away"
+            )
         with disk_errors(f"put {key} in its place"):
             self._files.rename(target, aside)
             try:

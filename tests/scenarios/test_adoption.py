@@ -108,6 +108,7 @@ async def test_while_it_is_used_it_is_served_and_not_touched(volume: Volume) -> 
         assert volume.store.manifest(KEY) is None
         assert snapshot(theirs(volume)) == before, "names, inodes, modes and bytes"
         assert "taken over when no pod uses it" in await volume.why(URI)
+        assert volume.reconciler.present() == {KEY}, "whoever mounts the whole cache may read it"
         volume.users = lambda: frozenset()
         await volume.later(60)
         await volume.reach(URI, Phase.READY)
