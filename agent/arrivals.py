@@ -81,7 +81,7 @@ class Arrivals:
         await self._index.record_pod(uid, worst, self._clock())
 
     async def _result(self, key: CacheKey) -> Result:
-        if await self._reconciler.look(key):
+        if await self._reconciler.look(key) or await self._reconciler.look_beside(key):
             return "hit"
         return "joined" if self._reconciler.on_its_way(key) else "miss"
 
@@ -95,7 +95,7 @@ class Arrivals:
     def _served(self) -> None:
         """Note how long those have waited whose model is on offer now."""
         for (uid, key), (result, since) in list(self._waiting.items()):
-            if key in self._reconciler.sealed():
+            if result == "hit" or key in self._reconciler.sealed():
                 del self._waiting[uid, key]
                 self._metrics.pod_wait_seconds.labels(result=result).observe(self._ticks() - since)
 

@@ -278,14 +278,14 @@ class Cluster:
         return frozenset().union(*self._keys(pods).values())
 
     def _keys(self, pods: Mapping[str, Pod]) -> dict[str, frozenset[CacheKey]]:
-        sealed = self._reconciler.sealed().keys() if self._reconciler else ()
+        present = self._reconciler.present() if self._reconciler else ()
         # A group that goes leaves its pods; entries may go on naming it.
         self._seen_groups.update(self._groups.objects)
         entries = self._object.entries if self._object else ()
         self._seen_groups.update(entry.group for entry in entries if entry.group)
         served = self._served
         return {
-            uid: usage.keys_of(pod, sealed=sealed, groups=self._seen_groups, served=served)
+            uid: usage.keys_of(pod, present=present, groups=self._seen_groups, served=served)
             for uid, pod in pods.items()
         }
 
@@ -398,6 +398,9 @@ class Cluster:
             return
         if reason in _REASONS:
             self._tell(name, "Warning", Reason(reason), now.get("message", ""))
+        elif state == Phase.ADOPTING and before.get("state") != Phase.ADOPTING:
+            message = f"{now['uri']} at {now['path']}: {now['message']}"
+            self._tell(name, "Normal", Phase.ADOPTING, message)
         elif state == Phase.READY and before.get("state") not in (None, Phase.READY):
             message = f"{now['uri']} is on offer at {now['path']}, {now['bytes']} bytes"
             self._tell(name, "Normal", Phase.READY, message)

@@ -233,7 +233,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.FOREIGN_DIRECTORY: Rule(
         first_seconds=_MINUTE,
         cap_seconds=_SLOW,
-        advice="a directory that this agent never made is in the way; move it away",
+        advice="give it to the agent by `localmodel prepare --adopt`, as root; or move it away",
     ),
     Reason.DISK_MISSING: Rule(
         first_seconds=_SOON,

@@ -34,12 +34,21 @@ Copies = dict[tuple[str, int], list[tuple[CacheKey, str]]]
 """Where sealed models have a file, by its SHA-256 and size (`Store.copies`)."""
 
 
+_Link = Callable[[CacheKey, str, Path], bool]
+"""`Store.link`, or `Store.adopt`."""
+
+
 class Tally:
     """How far one model is. Written by transfer threads, read by the loop."""
 
-    def __init__(self, want: Want, *, stage: Stage, total: int | None = None) -> None:
+    def __init__(
+        self, want: Want, *, stage: Stage, total: int | None = None, staged: bool = False
+    ) -> None:
+        """`staged`: what it brings is not sealed by this job, but waits beside what has its
+        place."""
         self.want = want
         self.total = total
+        self.staged = staged
         self.received = 0
         self.linked = 0
         self.begun_at = time.monotonic()
@@ -108,7 +117,10 @@ class Fetcher:
         self._access = access
         self._limits = RateLimits()
         self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
-        """Called, on the loop, with files of a sealed model whose bytes turned out wrong."""
+        """Called, on the loop, with files of a sealed model, or of what another agent left in the
+        place of one, whose bytes turned out wrong."""
+        self.listed: Callable[[CacheKey], None] = lambda key: None
+        """Called, on the loop, when a listing has been pinned."""
 
     def check(self, want: Want) -> None:
         """Raise InvalidSpec or Unsupported for a URI that no source can ever list."""
@@ -139,17 +151,23 @@ class Fetcher:
     async def resolve(self, want: Want, tally: Tally | None = None) -> None:
         """Ask the source what the model is today, and pin the answer in the store.
 
-        What other models have of it is linked now, so that room is reserved for the rest only. The
-        tally counts it.
+        What another agent left in its place, and what other models have of it, is linked now, so
+        that room is reserved for the rest only. The tally counts it.
         """
         counts = tally or Tally(want, stage=Stage.RESOLVING)
         listing = await self.today(want)
         await changing(lambda: self._store.begin(listing))
+        self.listed(want.key)
+        foreign = await looking(lambda: self._store.foreign(want.key))
+        if foreign is not None and foreign.obstacle:
+            return  # whatever is built, it could not take that place
+        if foreign is not None:
+            await self._adopt_all(listing, counts)
         await self._share_all(listing, counts)
 
-    async def fetch(self, tally: Tally, *, stage: bool = False) -> Manifest:
+    async def fetch(self, tally: Tally) -> Manifest:
         """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
-        the model whose place it is to take. Raises AgentError."""
+        what it is to take the place of. Raises AgentError."""
         want = tally.want
         source = await self._source(want)
         listing = await changing(lambda: self._pinned(want))
@@ -162,7 +180,7 @@ class Fetcher:
                 Reason.FINGERPRINT_MISMATCH,
                 f"{want.ref.uri} at {listing.revision} is {sealed.fingerprint}, not {expected}",
             )
-        if not stage:
+        if not tally.staged:
             await self.seal(sealed)
         self._metrics.download_done(scheme(want), size=listing.bytes, seconds=tally.seconds)
         return sealed
@@ -177,6 +195,16 @@ class Fetcher:
         await changing(lambda: self._store.seal(proven))
         self._forget(proven)
 
+    async def make_ready(self, proven: Manifest) -> None:
+        """All of a seal that may still be undone (`Store.make_ready`). Raises DiskError."""
+        await self.check_proven(proven)
+        await changing(lambda: self._store.make_ready(proven))
+
+    async def exchange(self, proven: Manifest) -> None:
+        """Put what was made ready in the place of what another agent left."""
+        await changing(lambda: self._store.exchange(proven.ref.key))
+        self._forget(proven)
+
     def _pinned(self, want: Want) -> Listing:
         listing = self._store.listing(want.key)
         if listing is None:
@@ -188,15 +216,22 @@ class Fetcher:
         """The SHA-256 of every file, by path."""
         digests: dict[str, str] = {}
         copies = await looking(self._store.copies)
+        beside = await looking(lambda: self._store.foreign(listing.key)) is not None
 
         async def one(file: RemoteFile) -> None:
-            digests[file.path] = await self._file(source, listing, file, copies, tally)
+            digests[file.path] = await self._file(source, listing, file, copies, beside, tally)
 
         await _each(listing.files, one)
         return digests
 
     async def _file(
-        self, source: Source, listing: Listing, file: RemoteFile, copies: Copies, tally: Tally
+        self,
+        source: Source,
+        listing: Listing,
+        file: RemoteFile,
+        copies: Copies,
+        beside: bool,
+        tally: Tally,
     ) -> str:
         key, proven = listing.key, self._store.tree(listing.key) / file.path
         if (version := await looking(lambda: _version(proven))) is not None:
@@ -206,9 +241,12 @@ class Fetcher:
             await changing(lambda: self._store.discard(key, file.path))
             # By now, a model that had the same wrong file may have been mended.
             copies = await looking(self._store.copies)
-        if (digest := await self._share(listing, file, copies, tally)) is not None:
+        here = await self._adopt(listing, file, tally) if beside else None
+        if here is None:
+            here = await self._share(listing, file, copies, tally)
+        if here is not None:
             tally.add(file.size, 0)
-            return digest
+            return here
 
         host = source.host(listing.ref)
 
@@ -259,6 +297,28 @@ class Fetcher:
             self._proven[path] = (version, digest)
         return digest
 
+    async def _adopt_all(self, listing: Listing, tally: Tally) -> None:
+        tree = self._store.tree(listing.key)
+
+        async def one(file: RemoteFile) -> None:
+            if await looking(lambda: _version(tree / file.path)) is None:
+                await self._adopt(listing, file, tally)
+
+        tally.verify()
+        await _each(listing.files, one)
+
+    async def _adopt(self, listing: Listing, file: RemoteFile, tally: Tally) -> str | None:
+        """The digest of a file that another agent left and that keeps the promise, linked.
+
+        Where the source promises nothing, its size is all there is to compare: the manifest says so
+        (`-`), as of any file of such a source.
+        """
+        digest = await self._link(listing, file, listing.key, file.path, self._store.adopt)
+        if digest is not None:
+            tally.link(file.size)
+            self._metrics.adopted_bytes.inc(file.size)
+        return digest
+
     async def _share_all(self, listing: Listing, tally: Tally) -> None:
         copies, tree = await looking(self._store.copies), self._store.tree(listing.key)
 
@@ -278,16 +338,17 @@ class Fetcher:
         """The digest of a file that another model had, and that is now in the tree of this one as
         well; None if it must be brought (design D5)."""
         for key, path in _places(file, copies):
-            if (digest := await self._link(listing, file, key, path)) is not None:
+            if (digest := await self._link(listing, file, key, path, self._store.link)) is not None:
                 tally.link(file.size)
                 self._metrics.linked_bytes.inc(file.size)
                 return digest
         return None
 
     async def _link(
-        self, listing: Listing, file: RemoteFile, key: CacheKey, path: str
+        self, listing: Listing, file: RemoteFile, key: CacheKey, path: str, link: _Link
     ) -> str | None:
-        """Link a file of a sealed model whose every byte was hashed again just now; its digest."""
+        """Link a file that has a model's place, and whose every byte was hashed just now; its
+        digest."""
         source, target = self._store.model(key) / path, self._store.tree(listing.key) / file.path
         version = await looking(lambda: _version(source))
         if version is None or version in self._unlinkable:
@@ -301,7 +362,7 @@ class Fetcher:
             if await looking(lambda: _version(source)) == version:
                 self.suspected(key, [path])
             return None
-        if not await changing(lambda: self._store.link(listing.key, file.path, source)):
+        if not await changing(lambda: link(listing.key, file.path, source)):
             self._unlinkable.add(version)
             return None
         if await looking(lambda: _version(target)) != version:  # not the very file that was hashed

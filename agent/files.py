@@ -118,6 +118,10 @@ class Files:
             os.utime(path, ns=(found.st_atime_ns, latest * 10**9), follow_symlinks=False)
             _sync(path, os.O_NOFOLLOW)
 
+    def sync_file(self, path: Path) -> None:
+        """Make the bytes of a file that somebody else wrote survive a power cut."""
+        _sync(path, os.O_NOFOLLOW | os.O_NONBLOCK)
+
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory survive a power cut."""
         _sync(path, os.O_DIRECTORY)

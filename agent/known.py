@@ -17,6 +17,7 @@ from agent.model import (
     Blocked,
     CacheKey,
     Entry,
+    Foreign,
     Ingest,
     Job,
     ModelRef,
@@ -53,7 +54,9 @@ class Known:
     listed: dict[CacheKey, str] = field(default_factory=dict)
     """The same of the listing that is being fetched."""
     staged: dict[CacheKey, Manifest] = field(default_factory=dict)
-    """Proven and not sealed yet: what is to take the place of a sealed model."""
+    """Proven and not sealed yet: what is to take the place of a sealed model, or of `foreign`."""
+    foreign: Mapping[CacheKey, Foreign] = field(default_factory=dict)
+    """Places of wanted models that somebody else's directories have."""
     waiting: dict[CacheKey, float] = field(default_factory=dict)
     """Since when a want has been short of room, Unix seconds."""
 
@@ -110,7 +113,8 @@ class Known:
         return [
             key
             for key, staged in self.staged.items()
-            if key not in outdated
+            if key not in wants
+            or (key in self.sealed and key not in outdated)
             or staged.ref != wants[key].ref
             or wants[key].expect_fingerprint not in (None, staged.fingerprint)
         ]
@@ -128,9 +132,12 @@ class Known:
     def mend_what_is_complete(self) -> None:
         """Every byte was here when we were killed: prove them and seal, whoever asked.
 
-        Unless whoever asked said that these are not the bytes to publish.
+        Unless whoever asked said that these are not the bytes to publish; or another's directory
+        has its place, which only a wish takes away.
         """
         for key, ingest in self.ingests.items():
+            if key in self.foreign:
+                continue
             failed = self.attempts.get(key)
             refused = failed is not None and failed.reason is Reason.FINGERPRINT_MISMATCH
             if ingest.remaining == 0 and not refused:
@@ -212,6 +219,7 @@ class Known:
             started_at=self.started.get(key),
             floor=want.floor if want is not None else 0,
             staged=key in self.staged,
+            foreign=self.foreign.get(key),
         )
 
     def refusal(self, key: CacheKey) -> AgentError | None:
@@ -219,6 +227,14 @@ class Known:
         attempt, block = self.attempts.get(key), self.blocked.get(key)
         if attempt is not None:
             return AgentError(attempt.reason, attempt.message)
+        if block is not None and block.why is Blocked.FOREIGN_DIRECTORY:
+            return AgentError(Reason.FOREIGN_DIRECTORY, block.message)
+        if key in self.staged and key in self.foreign:
+            return AgentError(
+                Reason.KEPT,
+                f"{self.staged[key].ref.uri} is here and proven, and takes the place of what"
+                " another agent left there when nobody uses that",
+            )
         if block is not None and block.why in (
             Blocked.INSUFFICIENT_CAPACITY,
             Blocked.LARGER_THAN_VOLUME,

@@ -26,6 +26,7 @@ STATE = f"{HIDDEN}/state"  # the embedded default; a DaemonSet keeps its state o
 LISTING = "listing.json"
 TREE = "tree"
 PARTIAL = "partial"
+REPLACED = "replaced"  # what somebody else had left in the model's place, until ours is on offer
 
 # Inside the state directory.
 INDEX = "index.sqlite3"

@@ -79,6 +79,11 @@ class Metrics:
             "Bytes of files that a sealed model had already: hard-linked, not downloaded.",
             registry=registry,
         )
+        self.adopted_bytes = Counter(
+            "localmodel_adopted_bytes",
+            "Bytes of files that another agent had left: hashed and hard-linked, not downloaded.",
+            registry=registry,
+        )
         self.download_seconds = Histogram(
             "localmodel_download_duration_seconds",
             "Seconds from the first byte asked for to the seal, of tries that succeeded.",

@@ -189,6 +189,26 @@ class Ingest:
         return max(0, self.total - self.done)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """A directory in the place of a wanted model that this agent never made: KServe's, say.
+
+    `bytes` are those of its files, `shared` those that have more than one name: inode and size.
+    `lacking` are the files of the pinned listing that are not there in their sizes, or are known to
+    be wrong; None while nobody can tell. `obstacle` says why it cannot be taken over, if so.
+    """
+
+    bytes: int = 0
+    shared: frozenset[tuple[int, int]] = frozenset()
+    lacking: frozenset[str] | None = None
+    obstacle: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether its sizes are those of the listing: good enough to go on being served."""
+        return self.lacking is not None and not self.lacking
+
+
 class Stage(StrEnum):
     """What a running job is doing."""
 
@@ -267,7 +287,8 @@ class Actual:
     that an operator keeps, `outcast` those that an operator
     wants to be gone; `waiting` says since when a want has been short of room.
     `outdated` are sealed models that another revision, or other files, should take the place of;
-    `staged` those of which that other one is here and proven.
+    `staged` those of which that other one is here and proven. `foreign` are the places of wanted
+    models that somebody else's directories have.
     """
 
     entries: Mapping[CacheKey, Entry]
@@ -284,6 +305,7 @@ class Actual:
     outcast: frozenset[CacheKey] = frozenset()
     outdated: frozenset[CacheKey] = frozenset()
     staged: frozenset[CacheKey] = frozenset()
+    foreign: Mapping[CacheKey, Foreign] = field(default_factory=dict)
     waiting: Mapping[CacheKey, float] = field(default_factory=dict)
 
 
@@ -387,7 +409,8 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Put a staged revision in the place of the sealed one that nobody uses."""
+    """Put a staged revision in the place of what nobody uses: an older one, or a directory that
+    somebody else left."""
 
     key: CacheKey
 
@@ -416,6 +439,7 @@ class Blocked(StrEnum):
     BACKING_OFF = "BackingOff"
     INSUFFICIENT_CAPACITY = "InsufficientCapacity"
     LARGER_THAN_VOLUME = "LargerThanVolume"
+    FOREIGN_DIRECTORY = "ForeignDirectory"  # as the reason: only a human can clear it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,10 +66,12 @@ class _Planner:
         running = [job for key, job in actual.jobs.items() if key in desired]
         self.slots = max(0, volume.max_fetches - len(running))
         self.ceiling = int(volume.capacity * volume.high)
-        self.links = Links([*actual.entries.values(), *actual.ingests.values()])
+        models = (actual.entries, actual.ingests, actual.foreign)
+        self.links = Links([one for kind in models for one in kind.values()])
         reserved = sum(self._to_come(job) for job in running)
         ours = sum(entry.bytes for entry in actual.entries.values()) - self.links.saved
         ours += sum(ingest.done for ingest in actual.ingests.values())
+        ours += sum(foreign.bytes for foreign in actual.foreign.values())
         self.room_on_disk = self.ceiling - volume.used - reserved + volume.reclaiming
         self.room_in_limit = (
             inf if volume.limit is None else volume.limit - ours - sum(map(self._promised, running))
@@ -239,25 +241,38 @@ class _Planner:
             self._evict(chosen)
 
     def _exchange_the_staged(self) -> None:
-        """A newer revision takes the place of one that nobody uses; else it waits for that."""
-        used = self.actual.in_use
-        for key in sorted(self.actual.staged & self.actual.entries.keys() & self.desired.keys()):
-            busy = key in self.actual.jobs or key in self.actual.damaged
-            if used is not None and key not in used and not busy:
+        """What is proven takes the place of an older revision, or of a directory that is not ours,
+        when nobody uses that; else it waits. An empty place is nobody's."""
+        used, actual = self.actual.in_use, self.actual
+        for key in sorted(actual.staged & self.desired.keys()):
+            busy = key in actual.jobs or key in actual.damaged
+            empty = key not in actual.entries and key not in actual.foreign
+            if not busy and (empty or (used is not None and key not in used)):
                 self.actions.append(Exchange(key))
 
     def _missing_wants(self) -> list[Want]:
         actual = self.actual
-        absent = self.desired.keys() - actual.entries.keys()
+        absent = self.desired.keys() - actual.entries.keys() - actual.staged
         outdated = actual.outdated - actual.staged - actual.damaged
         wants = [self.desired[key] for key in (absent | outdated) - actual.jobs.keys()]
         return sorted(
             filter(self._is_due, wants),
-            key=lambda want: (-want.priority, not self._is_starved(want), want.key),
+            key=lambda want: (
+                self._is_adoptable(want),  # in the background: it is served as it is
+                -want.priority,
+                not self._is_starved(want),
+                want.key,
+            ),
         )
 
+    def _is_adoptable(self, want: Want) -> bool:
+        foreign = self.actual.foreign.get(want.key)
+        return foreign is not None and (foreign.whole or foreign.lacking is None)
+
     def _is_due(self, want: Want) -> bool:
-        return not want.on_demand or want.key in self.actual.demanded
+        """What is here already is taken over unasked."""
+        demanded = not want.on_demand or want.key in self.actual.demanded
+        return demanded or self._is_adoptable(want)
 
     def _is_starved(self, want: Want) -> bool:
         return self._times_waited(want) % 2 == 1
@@ -272,6 +287,11 @@ class _Planner:
         attempt = self.actual.attempts.get(key)
         if attempt is not None and attempt.retry_at > self.now:
             self._back_off(attempt)
+            return
+        foreign = self.actual.foreign.get(key)
+        if foreign is not None and foreign.obstacle and key in self.actual.ingests:
+            # It was listed, and so compared. No room is made for what could not take its place.
+            self._block(key, Blocked.FOREIGN_DIRECTORY, foreign.obstacle)
             return
         if self.slots == 0:
             self._block(key, Blocked.QUEUED, f"waits for one of {self.volume.max_fetches} slots")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
+from agent import layout
+from agent.adoption import Adoption
 from agent.backoff import Dice, next_attempt
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
@@ -134,6 +136,7 @@ class Reconciler:
         self._pulls = Pulls()
         self._jobs = Jobs(ended=self.wake)
         self._removal = Removal(store, in_use_now or in_use, swept=self.wake)
+        self._adoption = Adoption(store, fetcher, self._removal)
         self._scrub = scrub
         self._history = History(index, metrics, clock)
         self._pins = Pins(store.root)
@@ -141,6 +144,7 @@ class Reconciler:
         self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
         self._stopped: AgentError | None = None
         fetcher.suspected = self._suspect
+        fetcher.listed = lambda key: self.wake()  # what is in its place can be compared now
         self._list_again: set[CacheKey] = set()
         self._forgiven: set[CacheKey] = set()
         self._touched: dict[CacheKey, float] = {}
@@ -242,6 +246,10 @@ class Reconciler:
         """Models that were found damaged and are being mended, with what was wrong."""
         return self._known.withdrawn
 
+    def present(self) -> frozenset[CacheKey]:
+        """What a pod that mounts the whole cache may read: also what another agent left."""
+        return frozenset({*self._known.sealed, *self._known.foreign})
+
     def running(self, key: CacheKey) -> Tally | None:
         return self._jobs.tally(key)
 
@@ -269,6 +277,11 @@ class Reconciler:
         self._note_damage(key, missing)
         return not missing
 
+    async def look_beside(self, key: CacheKey) -> bool:
+        """Whether another agent left it, as far as sizes tell: what a pod has started with."""
+        foreign = await looking(lambda: self._store.foreign(key))
+        return foreign is not None and not foreign.lacking
+
     async def use(self, key: CacheKey, *, uses: int = 1) -> None:
         """Somebody used a sealed model until now; `uses` is 0 for one who is counted already."""
         now = self._clock()
@@ -293,7 +306,14 @@ class Reconciler:
         known = self._known
         for key in await changing(self._store.recover):
             path = self._store.model(key)
-            _log.warning("%s is not ours, or cannot be read, and stays as it is", path)
+            _log.warning("%s is not ours, or cannot be read: it stays until it is wanted", path)
+        if strangers := await looking(self._store.strangers):
+            _log.warning(
+                "not named by a key, as models of KServe <= 0.17: remove them from %s when no pod"
+                " reads them: %s",
+                self._store.root / layout.MODELS,
+                ", ".join(strangers[:10]),
+            )
         self._removal.sweep_soon()
         await self._index.open()
         found_attempts = await self._index.attempts()
@@ -310,6 +330,7 @@ class Reconciler:
         await self._history.open()
         await self._proofs.open()
         known.ingests = await looking(self._store.ingests)
+        known.foreign = await self._adoption.look(known.ingests)
         known.mend_what_is_complete()
 
     async def run(self) -> None:
@@ -374,6 +395,7 @@ class Reconciler:
         await self._look_at_all()
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self.wants()
+        await self._look_at_the_foreign(wants)
         await self._cancel_the_outdated(wants)
         seen = await self.observe(wants)
         decided = plan(wants, seen.actual, seen.volume, now=seen.now)
@@ -435,6 +457,7 @@ class Reconciler:
             outcast=frozenset(self._outcasts),
             outdated=known.outdated(wants),
             staged=frozenset(known.staged),
+            foreign=known.foreign,
             waiting=known.waiting,
         )
         return Seen(actual=actual, volume=await self._volume(), now=self._clock())
@@ -533,6 +556,13 @@ class Reconciler:
             else:
                 self._note_damage(key, wrong)
 
+    async def _look_at_the_foreign(self, wants: Mapping[CacheKey, Want]) -> None:
+        """What somebody else left in the places of wanted models. Not where a job seals just now:
+        half way, its directory looks like somebody else's."""
+        jobs = self._jobs.tallies().items()
+        sealing = {key for key, tally in jobs if tally.total is not None and not tally.staged}
+        self._known.foreign = await self._adoption.look(wants.keys() - self._known.sealed - sealing)
+
     async def _note_the_shared(self) -> None:
         models = list(self._known.sealed.items())
         self._known.shared = await looking(
@@ -548,7 +578,17 @@ class Reconciler:
             self.wake()
 
     def _suspect(self, key: CacheKey, paths: list[str], *, kind: str = "hash") -> None:
-        """Files of a sealed model turned out wrong while they were read for another purpose."""
+        """Files of a sealed model, or of what another agent left, turned out wrong."""
+        if key not in self._known.sealed:
+            foreign = self._known.foreign.get(key)
+            sizes_differ = foreign.lacking if foreign is not None else None
+            wrong = sorted(set(paths) - (sizes_differ or frozenset()))
+            if foreign is not None and wrong:
+                what = f"{', '.join(wrong[:5])} in {self._store.model(key)}"
+                _log.error("%s: left by another agent, and wrong", what, extra={"key": key})
+                self._adoption.doubt(key, wrong)
+                self.wake()
+            return
         self._note_damage(key, paths, kind=kind)
 
     # -- acting -------------------------------------------------------------------------------
@@ -577,9 +617,9 @@ class Reconciler:
                 if ingest is None:  # somebody removed it during this turn
                     return False
                 stage = Stage.VERIFYING if ingest.done else Stage.FETCHING
-                tally = Tally(wants[key], stage=stage, total=ingest.total)
-                staged = key in self._known.sealed
-                self._run_job(tally, self._fetcher.fetch(tally, stage=staged))
+                staged = key in self._known.sealed or key in self._known.foreign
+                tally = Tally(wants[key], stage=stage, total=ingest.total, staged=staged)
+                self._run_job(tally, self._fetcher.fetch(tally))
             case Cancel(key):
                 await self._cancel(key)
             case Withdraw(key):
@@ -598,25 +638,35 @@ class Reconciler:
         self._known.mending.pop(key, None)
 
     async def _exchange(self, key: CacheKey) -> None:
-        """The old revision goes as any model goes; then the new one is sealed in its place.
-
-        Killed between the two, the new one is complete, and is proven and sealed at the start.
-        """
-        entry, staged = self._known.entry(key), self._known.staged[key]
-        freed = entry.bytes - sum(size for _, size in entry.shared) if entry is not None else 0
-        try:  # before the old one goes: else neither would be on offer
-            await self._fetcher.check_proven(staged)
+        """What is proven takes the place of what nobody uses."""
+        staged = self._known.staged[key]
+        try:
+            await self._fetcher.check_proven(staged)  # before anything goes: else neither is there
+            done = await self._take_place(key, staged)
         except AgentError:
-            del self._known.staged[key]
+            self._known.staged.pop(key, None)
             raise
-        if not await self._removal.retire(key, freed, still=partial(self._may_go, key)):
+        if not done:
             self._spared[key] = self._clock() + _SPARED_SECONDS
             return
-        del self._known.sealed[key], self._known.staged[key]
-        self._known.mending[key] = Want(ref=staged.ref)  # if the seal fails, it is tried again
-        await self._fetcher.seal(staged)
         _log.info("%s is now at %s", staged.ref.uri, staged.revision, extra={"key": key})
         await self._succeeded(key, staged)
+
+    async def _take_place(self, key: CacheKey, staged: Manifest) -> bool:
+        """An old revision goes as any model goes; then the new one is sealed in its place. Killed
+        between the two, the new one is complete, and is proven and sealed at the start."""
+        still = partial(self._may_go, key)
+        if key in self._known.foreign:
+            return await self._adoption.exchange(staged, still)
+        entry = self._known.entry(key)
+        if entry is not None:
+            freed = entry.bytes - sum(size for _, size in entry.shared)
+            if not await self._removal.retire(key, freed, still=still):
+                return False
+            del self._known.sealed[key]
+        self._known.mending[key] = Want(ref=staged.ref)  # if the seal fails, it is tried again
+        await self._fetcher.seal(staged)
+        return True
 
     async def _cancel(self, key: CacheKey) -> None:
         await self._jobs.cancel(key)
@@ -683,7 +733,7 @@ class Reconciler:
             elif end.error is None:
                 if end.sealed is None:
                     self._known.listed[key] = end.want.refresh
-                await self._succeeded(key, end.sealed)
+                await self._succeeded(key, end.sealed, staged=end.staged)
             else:
                 if end.bug is not None:
                     _log.error("a job for %s failed", end.want.ref.uri, exc_info=end.bug)
@@ -697,12 +747,14 @@ class Reconciler:
         if sealed is not None and key not in self._known.sealed:
             await self._succeeded(key, sealed)
 
-    async def _succeeded(self, key: CacheKey, sealed: Manifest | None) -> None:
+    async def _succeeded(
+        self, key: CacheKey, sealed: Manifest | None, *, staged: bool = False
+    ) -> None:
         self._list_again.discard(key)
         if sealed is None:  # a listing: the failures in a row end with the seal
             await self._note_what_has_not_changed(key)
             return
-        if self._known.sealed.get(key) is not None:
+        if staged:
             self._known.staged[key] = sealed
             self._known.attempts.pop(key, None)
             return

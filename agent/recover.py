@@ -21,6 +21,7 @@ class Found:
     listing: bool = False  # ingest/<key>/listing.json, readable
     tree: bool = False  # ingest/<key>/tree
     ingest: bool = False  # ingest/<key>/ at all, but for a salvage that waits to be asked for
+    replaced: bool = False  # ingest/<key>/replaced: what had the place before us, and was not ours
 
 
 class Fix(Enum):
@@ -32,6 +33,7 @@ class Fix(Enum):
     DROP_SEALING = "remove the sealing manifest"
     REOPEN = "move the directory back to the ingest, where it is re-hashed"
     SALVAGE = "move the directory to a new ingest without a listing"
+    PUT_BACK = "move what we were about to replace back into its place"
     DROP_INGEST = "discard what is left of the ingest"
     REPORT_FOREIGN = "report a directory that is not ours"
 
@@ -74,13 +76,19 @@ def _beside_a_sealed_model(found: Found) -> tuple[Fix, ...]:
 
 
 def _unsealed(found: Found) -> tuple[Fix, ...]:
+    """Nothing of ours is on offer: so what somebody else had left in its place is not lost, either.
+
+    It is put back before anything else is dropped, and stays where something new is in its way.
+    """
+    sealing = (Fix.DROP_SEALING,) if found.sealing else ()
+    report = (Fix.REPORT_FOREIGN,) if found.directory or found.replaced else ()
     if found.directory and not found.tree and (found.listing or found.sealing):
         # Killed between the rename into place and the manifest, or while a repair took it back.
         # The sealing manifest is removed last: it may be all that says whose directory this is.
-        return (Fix.REOPEN, Fix.DROP_SEALING) if found.sealing else (Fix.REOPEN,)
-    fixes: tuple[Fix, ...] = (Fix.DROP_SEALING,) if found.sealing else ()
-    if found.ingest and not found.listing:
-        fixes = (*fixes, Fix.DROP_INGEST)
-    if found.directory:
-        fixes = (*fixes, Fix.REPORT_FOREIGN)
-    return fixes
+        if found.replaced:
+            return (Fix.REOPEN, Fix.PUT_BACK, *sealing, *report)
+        return (Fix.REOPEN, *sealing)
+    put_back = (Fix.PUT_BACK,) if found.replaced and not found.directory else ()
+    stuck = found.replaced and found.directory
+    ingest = (Fix.DROP_INGEST,) if found.ingest and not found.listing and not stuck else ()
+    return (*put_back, *sealing, *ingest, *report)

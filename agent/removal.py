@@ -43,14 +43,14 @@ class Removal:
     ) -> bool:
         """False: somebody came, or nobody can tell, or it may not go any more (`still`); it is on
         offer as before."""
-        if not await self._unused(key):  # most who come have come before it was off offer
+        if not await self.is_unused(key):  # most who come have come before it was off offer
             return False
         self.retiring.add(key)
         try:
             await changing(lambda: self._store.begin_retire(key))
             unused = False
             try:
-                unused = await self._unused(key) and await still()
+                unused = await self.is_unused(key) and await still()
             finally:  # also where nobody can tell
                 if not unused:
                     await changing(lambda: self._store.cancel_retire(key))
@@ -63,7 +63,8 @@ class Removal:
         self.sweep_soon()
         return True
 
-    async def _unused(self, key: CacheKey) -> bool:
+    async def is_unused(self, key: CacheKey) -> bool:
+        """Not only as far as a watch has heard; False where nobody can tell."""
         used = await self._in_use_now()
         return used is not None and key not in used
 

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from agent.errors import RULES, Reason
-from agent.model import Attempt, Block, Blocked, CacheKey, Entry, Ingest, Job, ModelRef
+from agent.model import Attempt, Block, Blocked, CacheKey, Entry, Foreign, Ingest, Job, ModelRef
 from agent.phases import Phase, phase_of
 
 KSERVE_STATUS: Mapping[Phase, str] = {
@@ -15,6 +15,7 @@ KSERVE_STATUS: Mapping[Phase, str] = {
     Phase.RESOLVING: "ModelDownloading",
     Phase.FETCHING: "ModelDownloading",
     Phase.VERIFYING: "ModelDownloading",
+    Phase.ADOPTING: "ModelDownloaded",
     Phase.READY: "ModelDownloaded",
     Phase.FAILED: "ModelDownloadError",
     Phase.PARTIAL: "ModelDownloadPending",
@@ -41,6 +42,7 @@ class Facts:
     started_at: float | None = None
     floor: int = 0
     staged: bool = False
+    foreign: Foreign | None = None
 
     @property
     def phase(self) -> Phase | None:
@@ -52,12 +54,17 @@ class Facts:
             job=self.job,
             attempt=self.attempt,
             block=self.block,
+            adoptable=self.foreign is not None and self.foreign.whole,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model, for people and machines. Times are RFC 3339, sizes bytes, "" is: not known."""
+    """One model, for people and machines. Times are RFC 3339, sizes bytes, "" is: not known.
+
+    `foreign` is how a directory that another agent left in its place compares with the listing:
+    `unknown` (nobody can tell yet), `matches` in all sizes, or `differs`; "": there is none.
+    """
 
     key: str
     uri: str
@@ -75,6 +82,7 @@ class ModelStatus:
     ready_at: str = ""
     retry_at: str = ""
     last_used: str = ""
+    foreign: str = ""
 
 
 def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
@@ -82,7 +90,7 @@ def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
     phase = facts.phase
     if phase is None:
         return None
-    reason, message = _why(facts, phase)
+    reason, message = reason_of(facts, phase)
     common: dict[str, Any] = {
         "key": facts.key,
         "uri": facts.ref.uri,
@@ -112,6 +120,8 @@ def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
         revision=facts.ingest.revision if facts.ingest else "",
         bytes=total,
         downloaded_bytes=done,
+        path=path if phase is Phase.ADOPTING else "",
+        foreign=_foreign(facts),
         retry_at=rfc3339(retry_at),
     )
 
@@ -151,12 +161,14 @@ def progress_line(facts: Facts, counter: int) -> str | None:
     if phase is None or phase is Phase.READY or not facts.wanted:
         return None
     total, done = _progress(facts)
-    reason, _ = _why(facts, phase)
-    short = facts.block is not None and facts.block.why in (
+    reason, _ = reason_of(facts, phase)
+    stuck = facts.block is not None and facts.block.why in (
         Blocked.INSUFFICIENT_CAPACITY,
         Blocked.LARGER_THAN_VOLUME,
     )
-    verb = "fallback" if phase is Phase.FAILED or short else "wait"
+    # Nor for what takes the place of another's directory when no pod uses it: who waits does.
+    stuck = stuck or phase is Phase.FAILED or facts.foreign is not None
+    verb = "fallback" if stuck else "wait"
     return f"{verb} {counter} {done} {total} {reason or phase.value}"
 
 
@@ -187,7 +199,18 @@ def _progress(facts: Facts) -> tuple[int, int]:
     return facts.floor, 0
 
 
-def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
+def _foreign(facts: Facts) -> str:
+    if facts.foreign is None or not facts.wanted:
+        return ""
+    if facts.foreign.lacking is None:
+        return "unknown"
+    return "matches" if facts.foreign.whole else "differs"
+
+
+def reason_of(facts: Facts, phase: Phase) -> tuple[str, str]:
+    """Why it is in this state: the reason, "" where nothing is wrong, and a message for people."""
+    if phase is Phase.ADOPTING:
+        return _why_adopting(facts)
     if phase is Phase.READY and facts.staged:
         return "", "a newer revision is here, and takes its place when no pod uses this one"
     if phase is Phase.PENDING and facts.staged:
@@ -200,6 +223,8 @@ def _why(facts: Facts, phase: Phase) -> tuple[str, str]:
         return facts.block.why.value, facts.block.message
     if phase is Phase.PENDING and facts.damaged:
         return Reason.DIGEST_MISMATCH.value, "it was found damaged and is off offer"
+    if facts.foreign is not None and facts.wanted:
+        return "", _compared(facts.foreign)
     return "", ""
 
 
@@ -208,6 +233,28 @@ def _failure(attempt: Attempt) -> str:
     when = rfc3339(attempt.retry_at)
     then = f"next try at {when}" if when else "not tried again until the request changes"
     return f"{attempt.message} ({RULES[attempt.reason].advice}; {then})"
+
+
+def _why_adopting(facts: Facts) -> tuple[str, str]:
+    left = "left by another agent, and its sizes are right"
+    if facts.staged:
+        return "", f"{left}; it is proven, and taken over when no pod uses it"
+    if facts.block is not None and facts.block.why is not Blocked.BACKING_OFF:
+        return facts.block.why.value, f"{left}; {facts.block.message}"
+    if facts.attempt is not None and facts.job is None:
+        return facts.attempt.reason.value, f"{left}; cannot be proven: {facts.attempt.message}"
+    return "", f"{left}; its bytes are being proven"
+
+
+def _compared(foreign: Foreign) -> str:
+    if foreign.lacking is None:
+        return "another agent left a directory in its place; it is to be compared with the source"
+    names = sorted(foreign.lacking)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"another agent left a directory in its place, where {', '.join(names[:3])}{more} are not"
+        " what the source has; they are fetched beside it"
+    )
 
 
 def _kserve(phase: Phase, attempt: Attempt | None) -> str:

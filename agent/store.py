@@ -8,18 +8,21 @@ owner a volume, held by `lock`.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from agent import layout, manifest, pinned, trees
 from agent.errors import AgentError, Reason
 from agent.files import Files, disk_errors
+from agent.foreign import Seen, judge, unreadable
 from agent.lock import Lock
 from agent.manifest import Manifest
 from agent.model import (
     CacheKey,
     Entry,
+    Foreign,
     Ingest,
     Listing,
     RemoteFile,
@@ -28,6 +31,12 @@ from agent.recover import Fix, Found, recover
 from agent.trash import Trash
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
+
+_NOTES: Mapping[str, Callable[[CacheKey], str]] = {
+    "manifest": layout.manifest,
+    "sealing": layout.sealing,
+    "retiring": layout.retiring,
+}
 
 _NO_LINK = frozenset(  # no fault of the disk: the file is brought as if nobody had it
     {
@@ -224,21 +233,74 @@ class Store:
     def _ingest(self, key: CacheKey) -> Path:
         return self.root / layout.ingest(key)
 
+    def _replaced(self, key: CacheKey) -> Path:
+        return self._ingest(key) / layout.REPLACED
+
+    # -- what is not ours -----------------------------------------------------------------------
+
+    def foreign(self, key: CacheKey, *, user: int | None = None) -> Foreign | None:
+        """What is known of a directory in this place that this agent never made; None: there is
+        none. A look at names and sizes, compared with the pinned listing, if there is one. `user`
+        is who would take it over, if not this process's."""
+        model = self.model(key)
+        notes = {note for note, path in _NOTES.items() if os.path.lexists(self.root / path(key))}
+        if notes & _OFFERED or not trees.is_directory(model):
+            return None
+        try:
+            if Fix.REPORT_FOREIGN not in recover(self._found_of(key, notes)):
+                return None  # empty, or ours and half way
+            with disk_errors(f"look through {model}"):
+                found = list(trees.everything_below(model))
+                volume = (self.root / layout.MODELS).lstat().st_dev
+        except AgentError as error:
+            return Foreign(obstacle=unreadable(error.message))
+        seen = [self._seen(key, path, there, volume) for path, there in found]
+        return judge(
+            str(model), seen, self.listing(key), user=os.geteuid() if user is None else user
+        )
+
+    def _seen(self, key: CacheKey, path: str, found: os.stat_result, volume: int) -> Seen:
+        is_file = stat.S_ISREG(found.st_mode)
+        return Seen(
+            path=path,
+            size=found.st_size if is_file else None,
+            owner=found.st_uid,
+            inode=found.st_ino,
+            names=found.st_nlink if is_file else 1,
+            mounted=found.st_dev != volume,
+            replaced=is_file and self._is_replaced(key, path, found.st_ino),
+        )
+
+    def _is_replaced(self, key: CacheKey, path: str, inode: int) -> bool:
+        """Whether another file was begun in place of this one: it had turned out wrong."""
+        if os.path.lexists(self.partial(key) / path):
+            return True
+        try:
+            return (self.tree(key) / path).lstat().st_ino != inode
+        except OSError:
+            return False
+
+    def strangers(self) -> list[str]:
+        """Names among the models that no key has, as KServe <= 0.17 gave them."""
+        found = trees.names(self.root / layout.MODELS)
+        return [name for name in found if not layout.is_key(name)]
+
     # -- an ingest ----------------------------------------------------------------------------
 
     def begin(self, listing: Listing) -> None:
         """Pin a listing and make the directories of its files.
 
         An ingest of the same listing is continued. Of another one, or of a salvage, only those
-        files are kept that a re-hash can prove against the new promise. Raises ForeignDirectory
-        before the first byte when something that is not ours is in the way.
+        files are kept that a re-hash can prove against the new promise. Beside a directory that is
+        not ours, too: `exchange` takes its place. Raises ForeignDirectory before the first byte
+        when something else is in the way.
         """
         layout.check_paths(file.path for file in listing.files)
         key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
             self._mend_directories()
             self._settle(key)
-            _refuse_foreign(self.model(key), beside_ours=self.manifest(key) is not None)
+            _refuse_odd(self.model(key))
             previous = self.listing(key)
             kept = pinned.worth_keeping(previous, listing)
             self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
@@ -247,8 +309,10 @@ class Store:
                 self._files.make_directory(top, layout.DIRECTORY_MODE)
                 for directory in trees.parents(file.path for file in listing.files):
                     self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
-            # The listing comes last: with it, the tree beside it is the one being built.
+            # The listing comes last: with it, the tree beside it is the one being built. Without
+            # the tree, it would say after a power cut that what has the model's place is ours.
             if previous != listing:
+                self._files.sync_directory(self._ingest(key))
                 self._pin(listing)
 
     def _settle(self, key: CacheKey) -> None:
@@ -283,10 +347,25 @@ class Store:
         A directory whose manifest is there is left alone, even if that cannot be read.
         """
         with disk_errors(f"abandon {key}"):
-            if not self._notes().get(key, set()) & _OFFERED:
+            offered = bool(self._notes().get(key, set()) & _OFFERED)
+            if not offered:
                 self._settle(key)  # a seal that failed half way left its directory in place
-            self._drop_ingest(key)
+            if not offered and trees.is_directory(self._replaced(key)):
+                self._drop_all_but_the_replaced(key)
+            else:
+                self._drop_ingest(key)
             self._files.unlink(self.root / layout.progress(key))
+
+    def _drop_all_but_the_replaced(self, key: CacheKey) -> None:
+        """Something newer is in its place, and not ours either: a human is to choose.
+
+        The listing goes first: without a tree beside it, it would say that the newer one is ours.
+        """
+        self._files.unlink(self._ingest(key) / layout.LISTING)
+        self._files.sync_directory(self._ingest(key))
+        for top in (self.tree(key), self.partial(key)):
+            if trees.is_directory(top):
+                self._trash.take(top, key)
 
     def promote(self, key: CacheKey, path: str) -> None:
         """A partial file was proven and fsynced: give it its name in the tree."""
@@ -311,6 +390,16 @@ class Store:
             self._files.unlink(self.partial(key) / path)
             return True
 
+    def adopt(self, key: CacheKey, path: str, source: Path) -> bool:
+        """The same for a file of a directory that somebody else left, and may have left to the page
+        cache."""
+        with disk_errors(f"adopt {path}"):
+            if not trees.is_reached(self.root / layout.MODELS, source):
+                return False
+            with suppress(FileNotFoundError):
+                self._files.sync_file(source)
+        return self.link(key, path, source)
+
     def discard(self, key: CacheKey, path: str) -> None:
         """A file of the tree turned out wrong: it is fetched again, from nothing.
 
@@ -328,11 +417,7 @@ class Store:
         key = sealed.ref.key
         tree, target = self.tree(key), self.model(key)
         with disk_errors(f"seal {sealed.ref.uri}"):
-            self._make_exact(tree, sealed)
-            self._note_sealing(sealed)
-            for directory in trees.directories_below(tree):
-                self._files.sync_directory(directory)
-            self._files.sync_directory(self.root / layout.MANIFESTS)
+            self._make_ready(sealed)
             try:
                 self._files.rename(tree, target)  # also over an empty one that kubelet made
             except OSError:
@@ -341,12 +426,55 @@ class Store:
                 self._files.unlink(self.root / layout.sealing(key))
                 _refuse_foreign(target)
                 raise
-            self._files.sync_directory(target.parent)
-            self._files.sync_directory(self._ingest(key))
-            self._publish(key)
-            with suppress(OSError):  # it is published: what is left over is for `recover`
-                self._files.unlink(self.root / layout.progress(key))
-                self._drop_ingest(key)
+            self._offer(key)
+
+    def make_ready(self, sealed: Manifest) -> None:
+        """Do all of a seal that takes time, and may still be undone, before `exchange`."""
+        with disk_errors(f"make {sealed.ref.uri} ready"):
+            self._make_ready(sealed)
+
+    def cancel_ready(self, key: CacheKey) -> None:
+        """Somebody came: what is in its place stays there."""
+        with disk_errors(f"keep {key}"):
+            self._drop_note(layout.sealing(key))
+
+    def exchange(self, key: CacheKey) -> None:
+        """Publish what was made ready, in the place of a directory that is not ours.
+
+        That one is lost only once ours is on offer: killed before, `recover` puts it back. Between
+        the two renames nothing has the name; there is no wait between them.
+        """
+        target, aside = self.model(key), self._replaced(key)
+        if trees.is_directory(aside):
+            raise AgentError(
+                Reason.FOREIGN_DIRECTORY, f"{aside} has lost its place to {target}; move one away"
+            )
+        with disk_errors(f"put {key} in its place"):
+            self._files.rename(target, aside)
+            try:
+                self._files.rename(self.tree(key), target)
+            except OSError:
+                self._files.rename(aside, target)
+                self._files.unlink(self.root / layout.sealing(key))
+                raise
+            self._offer(key)
+
+    def _make_ready(self, sealed: Manifest) -> None:
+        tree = self.tree(sealed.ref.key)
+        self._make_exact(tree, sealed)
+        self._note_sealing(sealed)
+        for directory in trees.directories_below(tree):
+            self._files.sync_directory(directory)
+        self._files.sync_directory(self.root / layout.MANIFESTS)
+
+    def _offer(self, key: CacheKey) -> None:
+        """It has its place: now its manifest. What is left of the ingest goes after that."""
+        self._files.sync_directory(self.root / layout.MODELS)
+        self._files.sync_directory(self._ingest(key))
+        self._publish(key)
+        with suppress(OSError):  # it is published: what is left over is for `recover`
+            self._files.unlink(self.root / layout.progress(key))
+            self._drop_ingest(key)
 
     def _publish(self, key: CacheKey) -> None:
         note, offer = self.root / layout.sealing(key), self.root / layout.manifest(key)
@@ -525,12 +653,7 @@ class Store:
         return sorted({CacheKey(name) for name in names if layout.is_key(name)} | set(notes))
 
     def _found_of(self, key: CacheKey, notes: set[str]) -> Found:
-        paths = {
-            "manifest": layout.manifest(key),
-            "sealing": layout.sealing(key),
-            "retiring": layout.retiring(key),
-        }
-        good = {note for note in notes if self._note(paths[note], key) is not None}
+        good = {note for note in notes if self._note(_NOTES[note](key), key) is not None}
         directory = trees.is_directory(self.model(key)) and bool(trees.names(self.model(key)))
         # A salvage waits for somebody to ask for it, and a pod may be reading it: no debris.
         offered = notes & _OFFERED
@@ -544,6 +667,7 @@ class Store:
             listing=self.listing(key) is not None,
             tree=self.tree(key).is_dir(),
             ingest=self._ingest(key).is_dir() and not waits,
+            replaced=trees.is_directory(self._replaced(key)),
         )
 
     def _fix(self, key: CacheKey, fix: Fix) -> None:
@@ -554,6 +678,7 @@ class Store:
             Fix.DROP_SEALING: lambda: self._drop_note(layout.sealing(key)),
             Fix.REOPEN: lambda: self.reopen(key),
             Fix.SALVAGE: lambda: self._salvage(key),
+            Fix.PUT_BACK: lambda: self._put_back(key),
             Fix.DROP_INGEST: lambda: self._drop_ingest(key),
         }
         act[fix]()
@@ -565,15 +690,33 @@ class Store:
         self._files.sync_directory(self._ingest(key))
         self._files.sync_directory(self.root / layout.MODELS)
 
+    def _put_back(self, key: CacheKey) -> None:
+        # Beside a tree, it can never be taken for ours.
+        self._files.make_directory(self.tree(key), layout.DIRECTORY_MODE)
+        self._files.sync_directory(self._ingest(key))
+        self._files.rename(self._replaced(key), self.model(key))
+        self._files.sync_directory(self.root / layout.MODELS)
+        self._files.sync_directory(self._ingest(key))
+
     def _drop_note(self, path: str) -> None:
         self._files.unlink(self.root / path)
         self._files.sync_directory(self.root / layout.MANIFESTS)
 
 
-def _refuse_foreign(target: Path, *, beside_ours: bool = False) -> None:
+def _refuse_foreign(target: Path) -> None:
     """Raise ForeignDirectory for anything but nothing, or an empty directory."""
-    if trees.is_odd(target) or (trees.names(target) and not beside_ours):
-        raise AgentError(Reason.FOREIGN_DIRECTORY, f"{target} exists and is not ours")
+    if trees.is_odd(target) or trees.names(target):
+        raise _not_ours(target)
+
+
+def _refuse_odd(target: Path) -> None:
+    """Raise ForeignDirectory for what is no directory: not even `exchange` takes its place."""
+    if trees.is_odd(target):
+        raise _not_ours(target)
+
+
+def _not_ours(target: Path) -> AgentError:
+    return AgentError(Reason.FOREIGN_DIRECTORY, f"{target} exists and is not ours")
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, float] | None:

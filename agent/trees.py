@@ -73,6 +73,23 @@ def files_below(root: Path) -> Iterator[Path]:
                 yield Path(directory, name)
 
 
+def everything_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """All there is below a directory: relative path and facts, of the root itself under "".
+
+    Follows no symlink. Raises OSError for a directory that cannot be read: nobody could tell then
+    what is in it.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    yield "", root.lstat()
+    for directory, directories, names in os.walk(root, onerror=unreadable):
+        for path in (Path(directory, name) for name in (*directories, *names)):
+            with suppress(FileNotFoundError):
+                yield str(path.relative_to(root)), path.lstat()
+
+
 def directories_below(root: Path) -> list[Path]:
     """The root and every directory below it, children first. Follows no symlink, as above."""
     if not is_directory(root):

@@ -9,7 +9,7 @@ from agent.model import CacheKey
 
 
 def keys_of(
-    pod: Pod, *, sealed: Iterable[CacheKey], groups: Iterable[str], served: str
+    pod: Pod, *, present: Iterable[CacheKey], groups: Iterable[str], served: str
 ) -> frozenset[CacheKey]:
     """The models that a pod uses. One that mounts the whole cache may read any of them.
 
@@ -30,7 +30,7 @@ def keys_of(
         elif path.startswith(f"{root}/") and (key := layout.key_in(path.removeprefix(root))):
             keys.add(key)
         # A pod that mounts a directory above it (a node exporter mounts `/`) reads no models.
-    return frozenset(keys | set(sealed)) if whole else frozenset(keys)
+    return frozenset(keys | set(present)) if whole else frozenset(keys)
 
 
 def served_at(root: str, pods: Iterable[Pod], me: str) -> str:

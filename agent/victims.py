@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.model import Actual, CacheKey, Entry, Ingest, Kept, Volume, Want
+from agent.model import Actual, CacheKey, Entry, Foreign, Ingest, Kept, Volume, Want
 
 
 def keeps(
@@ -79,9 +79,9 @@ def _groups(desired: Mapping[CacheKey, Want], key: CacheKey) -> frozenset[str]:
 
 
 class Links:
-    """How many models, sealed or begun, hold each file that has more than one name."""
+    """How many models, also begun ones and another agent's, hold each file with several names."""
 
-    def __init__(self, models: Iterable[Entry | Ingest]) -> None:
+    def __init__(self, models: Iterable[Entry | Ingest | Foreign]) -> None:
         self._holders = Counter(file for model in models for file in model.shared)
 
     @property

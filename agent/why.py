@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from agent.model import Actual, CacheKey, Kept, Past, Volume, Want, quantity
 from agent.phases import Phase
 from agent.quantities import duration
-from agent.status import Facts
+from agent.status import Facts, reason_of
 from agent.victims import keeps, victims
 
 KEPT: Mapping[Kept, str] = {
@@ -54,6 +54,8 @@ def _verdict(case: Case, phase: Phase | None) -> str:
         return _here(case)
     if phase is None or case.facts is None:
         return _gone(case)
+    if phase is Phase.ADOPTING:
+        return f"here, and stays: {reason_of(case.facts, phase)[1]}{_amount(case.facts)}"
     if phase is Phase.PARTIAL:
         return "not here: it was begun, and nobody asks for it now; its bytes are kept for a resume"
     if phase in (Phase.RESOLVING, Phase.FETCHING, Phase.VERIFYING):

@@ -73,6 +73,7 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
         " CHOWN, FOWNER and DAC_OVERRIDE.",
     )
     prepare.add_argument("--owner", metavar="UID[:GID]", default="64000:64000", help=_OWNER)
+    prepare.add_argument("--adopt", action="store_true", help=_ADOPT)
     add_flags(prepare, "root", "state", "require_dedicated")
     prepare.set_defaults(verb=_prepare, output="table")
 
@@ -121,7 +122,9 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     return top
 
 
+_SHOWN = 20
 _OWNER = "who the agent runs as, in numbers (default: 64000:64000, the image's user)"
+_ADOPT = "also give it what another agent left in models/KEY: the files are proven and taken over"
 _INCLUDE = "only files that match (`*` crosses `/`); may be given again"
 _EXCLUDE = "no files that match; may be given again"
 _MODEL = "a URI, or a key or the beginning of one"
@@ -156,12 +159,17 @@ async def _prepare(settings: Settings, arguments: argparse.Namespace) -> int:
 
     owner = parse_owner(arguments.owner)
     try:
-        prepare(
+        refused = prepare(
             settings.root,
             settings.state_directory,
             owner,
             require_dedicated=settings.require_dedicated,
+            adopt=arguments.adopt,
         )
+        for line in refused[:_SHOWN]:
+            print(f"warning: {line}", file=sys.stderr)
+        if len(refused) > _SHOWN:
+            print(f"warning: and {len(refused) - _SHOWN} more", file=sys.stderr)
     except AgentError as error:
         if error.reason is not Reason.DISK_MISSING:
             raise

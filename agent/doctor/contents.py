@@ -203,26 +203,47 @@ def _is_broken(store: Store, key: CacheKey, found: Manifest) -> bool:
 
 
 def foreign(scene: Scene) -> Check:
-    """Directories among the models that this agent never made: it leaves them alone."""
-    name = "foreign"
-    strange, empty = [], []
+    """What is among the models and this agent never made."""
+    name, store = "foreign", Store(scene.root)
+    left, empty = [], []
     for entry in trees.names(scene.root / layout.MODELS):
-        path = scene.root / layout.MODELS / entry
-        if layout.is_key(entry) and any(
-            os.path.lexists(scene.root / note(CacheKey(entry)))
-            for note in (layout.manifest, layout.sealing, layout.retiring)
-        ):
+        if not layout.is_key(entry):
             continue
-        if layout.is_key(entry) and trees.is_directory(path) and not trees.names(path):
+        path, key = scene.root / layout.MODELS / entry, CacheKey(entry)
+        notes = (layout.manifest, layout.sealing, layout.retiring)
+        if any(os.path.lexists(scene.root / note(key)) for note in notes):
+            continue
+        if trees.is_directory(path) and not trees.names(path):
             empty.append(entry)  # kubelet makes one for a pod that came before its model
         elif os.path.lexists(path):
-            strange.append(entry)
-    tail = f"; {len(empty)} empty ones, which kubelet makes" if empty else ""
-    if not strange:
-        return Check(name, OK, f"everything in {layout.MODELS}/ is ours{tail}")
-    advice = "when no pod uses them, move them out of it: they are downloaded again where asked for"
-    seen = f"{len(strange)} in {layout.MODELS}/ without a manifest: {some(strange)}{tail}"
-    return Check(name, WARN, seen, advice)
+            left.append(key)
+    problems: list[tuple[Level, str, str]] = []
+    if empty:
+        problems.append((OK, f"{len(empty)} empty ones, which kubelet makes", ""))
+    if left:
+        advice = (
+            "the agent takes over what a cache asks for; move the others away, if no pod reads them"
+        )
+        problems.append((WARN, f"{len(left)} without a manifest: {some(left)}", advice))
+    if stuck := [key for key in left if _is_stuck(store, key)]:
+        advice = "`localmodel prepare --adopt`, as root, gives them to the agent"
+        problems.append((WARN, f"another user's, or not to be taken over: {some(stuck)}", advice))
+    if strangers := store.strangers():
+        advice = (
+            "remove them when no pod reads them: nothing asks for models by such names any more"
+        )
+        seen = f"named by no key, as by KServe <= 0.17: {some(strangers)}"
+        problems.append((WARN, seen, advice))
+    if not problems:
+        return Check(name, OK, f"everything in {layout.MODELS}/ is ours")
+    return Check(name, *worst(problems))
+
+
+def _is_stuck(store: Store, key: CacheKey) -> bool:
+    """Whether the agent, whose `models/` is, cannot take it over: only root and itself see that."""
+    agents = (store.root / layout.MODELS).lstat().st_uid
+    found = store.foreign(key, user=agents) if os.geteuid() in (0, agents) else None
+    return found is not None and bool(found.obstacle)
 
 
 def leftovers(scene: Scene) -> Check:

@@ -60,8 +60,9 @@ def compose(
     `before` is the status as the API server has it, for the times of the conditions.
     """
     names = list(dict.fromkeys(entries))
+    said = before.get("modelStatus") or {}
     models = {name: _model(bodies.get(name), obstacle) for name in names}
-    words = {name: _word(bodies.get(name), obstacle) for name in names}
+    words = {name: _word(bodies.get(name), obstacle, said.get(name)) for name in names}
     ready = sum(word == _DOWNLOADED for word in words.values())
     asked = hits + misses
     status: dict[str, Any] = {
@@ -179,10 +180,13 @@ def _holds(conditions: Iterable[Body]) -> set[tuple[Any, ...]]:
     return {tuple(map(c.get, ("type", "status", "reason"))) for c in conditions}
 
 
-def _word(body: Body | None, obstacle: AgentError | None) -> str:
-    """KServe's word. What cannot be looked at is not Downloaded."""
+def _word(body: Body | None, obstacle: AgentError | None, before: object) -> str:
+    """KServe's word. What cannot be looked at is not Downloaded; but what its agent left, and
+    nobody has compared yet, stays what it was."""
     if body is None or obstacle is not None:
         return KSERVE_STATUS[Phase.PENDING]
+    if body.get("foreign") == "unknown":
+        return _DOWNLOADED if before == _DOWNLOADED else KSERVE_STATUS[Phase.PENDING]
     word: str = body["modelStatus"]
     return word
 

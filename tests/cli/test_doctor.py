@@ -426,13 +426,27 @@ def test_manifests_models_and_what_is_not_ours(localmodel: Machine) -> None:
     assert found["models"]["level"] == "warn"
     assert f"cannot be read: {'a' * 16}" in found["models"]["seen"]
     assert found["foreign"]["level"] == "warn"
-    assert f"2 in models/ without a manifest: {'c' * 16}, old-model" in found["foreign"]["seen"]
+    assert f"1 without a manifest: {'c' * 16}" in found["foreign"]["seen"]
+    assert "as by KServe <= 0.17: old-model" in found["foreign"]["seen"]
     assert "1 empty ones" in found["foreign"]["seen"]
     (models / KEY / "config.json").unlink()
     found = doctor(localmodel)
     assert (found["models"]["level"], KEY in found["models"]["seen"]) == ("fail", True)
     shutil.rmtree(models / KEY)
     assert f"manifests without a model: {KEY}" in doctor(localmodel)["models"]["seen"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED, only root can be two users")
+def test_what_the_agent_could_not_take_over_and_how_it_can(localmodel: Machine) -> None:
+    theirs = localmodel.root / layout.MODELS / ("c" * 16)
+    theirs.mkdir(parents=True)
+    (theirs / "weights").touch()
+    for path in (theirs, theirs / "weights"):
+        os.chown(path, 1000, 1000)
+    localmodel.inline("prepare", "--owner", "64000").ok()
+    assert "prepare --adopt" in doctor(localmodel)["foreign"]["advice"]
+    localmodel.inline("prepare", "--owner", "64000", "--adopt").ok()
+    assert "prepare --adopt" not in doctor(localmodel)["foreign"]["advice"]
 
 
 def test_leftovers_with_their_bytes(localmodel: Machine, hub: Hub) -> None:

@@ -1,8 +1,11 @@
 """The agent of one node, from a LocalModelNode to files and status, on the real API server."""
 
-from tests.cluster.identity import LEASES
+from huggingface_hub import snapshot_download
+
+from tests.cluster.identity import LEASES, SERVING
 from tests.cluster.nodes import Node, cache
-from tests.conftest import FILES, URI
+from tests.conftest import FILES, REPO, URI
+from tests.edges.volume import snapshot
 from tests.fakes.hub import Hub
 from tests.machine import Agent, files_of, until
 
@@ -96,15 +99,54 @@ def test_annotations_of_the_cache_count(node: Node) -> None:
     assert files_of(node.machine.model(URI)) == {"config.json": FILES["config.json"]}
 
 
-def test_a_directory_that_is_not_ours_is_pending_and_untouched(node: Node) -> None:
+def test_what_kserves_agent_left_is_downloaded_all_the_time_and_taken_over(
+    node: Node, hub: Hub
+) -> None:
+    place = node.machine.model(URI)
+    snapshot_download(REPO, endpoint=hub.endpoint, local_dir=place, token=False)
+    hub.clear()
+    before = snapshot(place)
+    node.want(tiny=URI)
+    node.plane.apply(cache("tiny", URI, [node.group]))
+    path = f"{SERVING}/localmodelnodes"
+    said = {"status": {"modelStatus": {"tiny": DOWNLOADED}}}
+    version = node.plane.request("PATCH", f"{path}/{node.name}/status", said).ok()["metadata"][
+        "resourceVersion"
+    ]
+    server = node.add_pod(f"server-{node.name}", uri=URI)
+    agent = node.start()
+
+    def state() -> tuple[str, str]:
+        model = node.status().get("models", {}).get("tiny", {})
+        return model.get("state", ""), model.get("message", "")
+
+    until(lambda: "taken over when" in state()[1], agent.log_text)
+    assert state()[0] == "Adopting"
+    assert snapshot(place) == before
+    assert agent.metrics()["localmodel_requests_total hit"] == 1
+    until(lambda: "Adopting" in {event["reason"] for event in node.events()}, agent.log_text)
+    node.remove_pod(server)
+    until(lambda: state()[0] == "Ready", agent.log_text, seconds=90)
+    assert files_of(place) == FILES
+    assert hub.bytes_sent() == 0
+    only = f"fieldSelector=metadata.name%3D{node.name}"
+    watched = f"{path}?watch=1&timeoutSeconds=1&resourceVersion={version}&{only}"
+    history = [event["object"]["status"] for event in node.plane.request("GET", watched).ok()]
+    assert len(history) > 2
+    assert {status["modelStatus"]["tiny"] for status in history} == {DOWNLOADED}
+
+
+def test_what_is_in_the_place_of_a_model_and_no_directory_is_pending_and_untouched(
+    node: Node,
+) -> None:
     theirs = node.machine.model(URI)
-    theirs.mkdir(parents=True)
-    (theirs / "config.json").write_text("theirs")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
     node.want(tiny=URI)
     agent = node.start()
     node.wait_condition(agent, "Degraded", "True", "ForeignDirectory")
     node.wait_words(agent, tiny=PENDING)
-    assert files_of(theirs) == {"config.json": b"theirs"}
+    assert theirs.read_text() == "theirs"
 
 
 # -- the path -----------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def test_prepare_is_root_with_three_capabilities(pod: dict[str, Any]) -> None:
     assert context["readOnlyRootFilesystem"] is True
     assert context["allowPrivilegeEscalation"] is False
     assert f"--owner={OWNER}:{OWNER}" in prepare["args"]
+    assert "--adopt" in prepare["args"]
 
 
 def test_the_pod_shares_nothing_else_with_its_host(pod: dict[str, Any]) -> None:

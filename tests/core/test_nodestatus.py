@@ -300,3 +300,17 @@ CONDITION = {"type": "Ready", "status": "False", "reason": "ModelsNotReady", "me
 def test_how_far_things_are_is_not_urgent(patch: dict[str, Any], told_at_once: bool) -> None:
     before = {"conditions": [CONDITION]}
     assert urgent(patch, before) is told_at_once
+
+
+@pytest.mark.parametrize("phase", [Phase.PENDING, Phase.RESOLVING, Phase.FAILED])
+@pytest.mark.parametrize("before", [DOWNLOADED, PENDING, "ModelDownloadError", None])
+def test_what_kserves_agent_left_keeps_its_word_until_it_is_compared(
+    phase: Phase, before: str | None
+) -> None:
+    said = {} if before is None else {"modelStatus": {"a": before}}
+    bodies = {"a": body(phase, foreign="unknown")}
+    status = composed("a", bodies=bodies, before=said)
+    expected = DOWNLOADED if before == DOWNLOADED else PENDING
+    assert status["modelStatus"] == {"a": expected}
+    differs = {"a": body(phase, foreign="differs")}
+    assert composed("a", bodies=differs, before=said)["modelStatus"]["a"] != DOWNLOADED

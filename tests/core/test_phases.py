@@ -29,6 +29,7 @@ class Life:
     stage: Stage | None = None
     failed: bool = False
     blocked: Blocked | None = None
+    left: bool = False  # by another agent, whole by its sizes
 
     @property
     def phase(self) -> Phase | None:
@@ -40,11 +41,14 @@ class Life:
             job=None if self.stage is None else Job(key=REF.key, stage=self.stage),
             attempt=ATTEMPT if self.failed else None,
             block=None if self.blocked is None else Block(why=self.blocked, message="why"),
+            adoptable=self.left,
         )
 
 
 def events(life: Life) -> Iterator[Life]:
     """All that can happen next, one thing at a time."""
+    if not life.sealed:  # it comes with a listing, and goes by somebody's hand, or a hash
+        yield replace(life, left=not life.left)
     if life.stage is not None:
         yield from _of_a_job(life)
         return
@@ -78,7 +82,7 @@ def _of_a_job(life: Life) -> Iterator[Life]:
         return
     if life.stage is Stage.VERIFYING:
         yield replace(life, stage=Stage.FETCHING)
-    yield replace(over, begun=False, sealed=True, failed=False)
+    yield replace(over, begun=False, sealed=True, failed=False, left=False)
 
 
 def _lives() -> set[Life]:
@@ -165,6 +169,12 @@ def test_what_is_whole_is_ready_whatever_else_goes_on(
         (Life(begun=True, failed=True), Phase.PARTIAL),
         (Life(wanted=True, failed=True, stage=Stage.FETCHING), Phase.FETCHING),
         (Life(begun=True), Phase.PARTIAL),
+        # Another agent's is served whatever goes on beside it, but not without a wish.
+        (Life(wanted=True, left=True), Phase.ADOPTING),
+        (Life(wanted=True, left=True, begun=True, stage=Stage.VERIFYING), Phase.ADOPTING),
+        (Life(wanted=True, left=True, failed=True), Phase.ADOPTING),
+        (Life(wanted=True, left=True, blocked=Blocked.FOREIGN_DIRECTORY), Phase.ADOPTING),
+        (Life(left=True, begun=True), Phase.PARTIAL),
         (Life(sealed=True, damaged=True), Phase.PENDING),
         (Life(sealed=True, damaged=True, wanted=True, stage=Stage.VERIFYING), Phase.VERIFYING),
     ],

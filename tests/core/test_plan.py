@@ -22,6 +22,7 @@ from agent.model import (
     Evict,
     Exchange,
     Fetch,
+    Foreign,
     Ingest,
     Job,
     ModelRef,
@@ -37,6 +38,7 @@ from agent.plan import plan
 from tests.core.simulation import Simulation
 from tests.core.worlds import (
     HOUR,
+    NOW,
     World,
     ceiling,
     departed,
@@ -1037,3 +1039,91 @@ def test_a_ttl_counts_from_the_last_use_and_wakes_in_time() -> None:
     assert decided(50).actions == (Evict(kept.key, 10, Why.EXPIRED),)
     assert decided(51) == Plan(wake_at=1e6 + 1)
     assert decided(50, on_demand=False) == Plan()
+
+
+# -- what another agent left ---------------------------------------------------------------------
+
+
+def _beside(
+    foreign: Foreign | None,
+    *,
+    done: int = 0,
+    in_use: frozenset[CacheKey] | None = frozenset(),
+    **facts: object,
+) -> Plan:
+    """One eager want whose place somebody else's directory has, listed, on a disk that is full."""
+    ref = _ref("left")
+    ingest = Ingest(ref=ref, revision="r", total=100, done=done)
+    beside = {} if foreign is None else {ref.key: foreign}
+    given = {"ingests": {ref.key: ingest}, "foreign": beside, **facts}
+    return plan(
+        {ref.key: Want(ref=ref)},
+        Actual(entries={}, in_use=in_use, **given),  # type: ignore[arg-type]  # by name
+        Volume(capacity=100, free=0, high=1.0),
+        now=NOW,
+    )
+
+
+def test_what_is_all_linked_needs_no_room() -> None:
+    assert _beside(Foreign(lacking=frozenset()), done=100).actions == (Fetch(_ref("left").key, 0),)
+
+
+def test_what_only_a_human_can_clear_takes_no_room_and_no_slot() -> None:
+    decided = _beside(Foreign(lacking=frozenset(), obstacle="another user's"), done=100)
+    assert decided.actions == ()
+    block = decided.blocked[_ref("left").key]
+    assert (block.why, block.message) == (Blocked.FOREIGN_DIRECTORY, "another user's")
+
+
+@pytest.mark.parametrize("in_use", [frozenset(), None, frozenset({_ref("left").key})])
+def test_what_is_proven_takes_its_place_exactly_when_nobody_uses_it(
+    in_use: frozenset[CacheKey] | None,
+) -> None:
+    key = _ref("left").key
+    staged = frozenset({key})
+    decided = _beside(Foreign(lacking=frozenset()), done=100, in_use=in_use, staged=staged)
+    assert decided.actions == ((Exchange(key),) if in_use == frozenset() else ())
+    assert decided.blocked == {}
+    gone = _beside(None, done=100, in_use=in_use, staged=staged)
+    assert gone.actions == (Exchange(key),), "an empty place is nobody's"
+
+
+def test_what_is_served_already_waits_behind_what_is_not() -> None:
+    left, absent = _ref("left"), _ref("absent")
+    wants = {left.key: Want(ref=left, priority=9), absent.key: Want(ref=absent)}
+    foreign = {left.key: Foreign(lacking=frozenset())}
+    volume = Volume(capacity=100, free=100, max_fetches=1)
+    actual = Actual(entries={}, foreign=foreign)
+    assert plan(wants, actual, volume, now=NOW).actions == (Resolve(absent.key),)
+    differs = Actual(entries={}, foreign={left.key: Foreign(lacking=frozenset({"f"}))})
+    assert plan(wants, differs, volume, now=NOW).actions == (Resolve(left.key),)
+
+
+def test_what_is_fetched_on_demand_is_adopted_unasked_and_fetched_when_asked() -> None:
+    ref, volume = _ref("left"), Volume(capacity=100, free=100)
+    wants = {ref.key: Want(ref=ref, on_demand=True)}
+    for foreign, actions in (
+        (Foreign(), (Resolve(ref.key),)),
+        (Foreign(lacking=frozenset()), (Resolve(ref.key),)),
+        (Foreign(lacking=frozenset({"f"})), ()),
+    ):
+        actual = Actual(entries={}, foreign={ref.key: foreign})
+        assert plan(wants, actual, volume, now=NOW).actions == actions
+
+
+def test_a_link_to_what_another_agent_left_frees_nothing_and_counts_once() -> None:
+    """Of a limit of 150, one model of 100 is taken, though it has two names."""
+    left, new = _ref("left"), _ref("new")
+    file = frozenset({(1, 100)})
+    foreign = Foreign(bytes=100, shared=file, lacking=frozenset())
+    linked = Ingest(ref=left, revision="r", total=100, done=100, shared=file)
+    for size, fits in ((50, True), (51, False)):
+        actual = Actual(
+            entries={},
+            ingests={left.key: linked, new.key: Ingest(ref=new, revision="r", total=size, done=0)},
+            foreign={left.key: foreign},
+            in_use=frozenset(),
+        )
+        volume = Volume(capacity=1000, free=900, limit=150)
+        decided = plan({new.key: Want(ref=new)}, actual, volume, now=NOW)
+        assert decided.actions == ((Fetch(new.key, size),) if fits else ())

@@ -23,6 +23,8 @@ def possible(found: Found) -> bool:
     """Whether a disk can look like this."""
     if found.unreadable and found.manifest and found.retiring:
         return False  # one of the two is the damaged one
+    if found.replaced and not found.ingest:
+        return False  # it is in there; a salvage has never had one
     if not found.ingest:
         # A tree alone is a salvage that waits for somebody to ask for it.
         return not found.listing and not (found.tree and found.directory and found.unreadable)
@@ -63,6 +65,12 @@ def _restore(found: Found) -> Found:
     return replace(found, retiring=False, manifest=True)
 
 
+def _put_back(found: Found) -> Found:
+    assert found.replaced
+    assert not found.directory, "a rename does not replace a directory that holds something"
+    return replace(found, replaced=False, directory=True, tree=True)
+
+
 EFFECTS: dict[Fix, Callable[[Found], Found]] = {
     Fix.RESTORE_MANIFEST: _restore,
     Fix.DROP_RETIRING: lambda found: replace(found, retiring=False),
@@ -70,7 +78,10 @@ EFFECTS: dict[Fix, Callable[[Found], Found]] = {
     Fix.DROP_SEALING: lambda found: replace(found, sealing=False),
     Fix.REOPEN: _reopen,
     Fix.SALVAGE: _salvage,
-    Fix.DROP_INGEST: lambda found: replace(found, ingest=False, listing=False, tree=False),
+    Fix.PUT_BACK: _put_back,
+    Fix.DROP_INGEST: lambda found: replace(
+        found, ingest=False, listing=False, tree=False, replaced=False
+    ),
     Fix.REPORT_FOREIGN: lambda found: found,
 }
 
@@ -151,10 +162,20 @@ def test_a_model_killed_while_retiring_is_sealed_again(found: Found) -> None:
 @each_disk
 def test_a_directory_that_is_not_ours_is_reported_and_not_touched(found: Found) -> None:
     foreign = found.directory and not ours(found)
-    assert (Fix.REPORT_FOREIGN in recover(found)) is foreign
+    after = end(found)
+    put_back = found.replaced and not after.manifest and not after.replaced and after.directory
+    assert (Fix.REPORT_FOREIGN in recover(found)) is (foreign or put_back)
     if foreign:
-        assert end(found).directory
-        assert not end(found).manifest
+        assert after.directory
+        assert not after.manifest
+
+
+@each_disk
+def test_what_was_to_be_replaced_is_lost_only_to_what_is_on_offer(found: Found) -> None:
+    """It was not ours: until ours is on offer, it is in its place, or where it is put back from."""
+    for half_way in carried_out(found):
+        if found.replaced and not (half_way.replaced or half_way.directory):
+            assert half_way.manifest or found.unreadable
 
 
 @each_disk
@@ -162,7 +183,8 @@ def test_a_directory_of_ours_ends_sealed_or_where_it_is_hashed_again(found: Foun
     """Never lost, and never on offer on the word of a size."""
     if ours(found):
         after = end(found)
-        assert (after.manifest and after.directory) or (after.tree and not after.directory)
+        unsealed = after.tree and (found.replaced or not after.directory)
+        assert (after.manifest and after.directory) or unsealed
 
 
 @each_disk
@@ -176,7 +198,7 @@ def test_a_listing_is_lost_only_to_what_replaces_it(found: Found) -> None:
 @each_disk
 def test_what_is_left_of_an_ingest_is_worth_something(found: Found) -> None:
     after = end(found)
-    assert after.listing or not after.ingest
+    assert after.listing or after.replaced or not after.ingest
 
 
 @pytest.mark.parametrize(
@@ -201,6 +223,23 @@ def test_what_is_left_of_an_ingest_is_worth_something(found: Found) -> None:
         (Found(retiring=True), (Fix.DROP_RETIRING,)),
         # Killed while a repair took it back.
         (Found(ingest=True, listing=True, directory=True), (Fix.REOPEN,)),
+        # Killed in an exchange: ready, between its two renames, after them, after the manifest.
+        (
+            Found(sealing=True, ingest=True, listing=True, tree=True, directory=True),
+            (Fix.DROP_SEALING, Fix.REPORT_FOREIGN),
+        ),
+        (
+            Found(sealing=True, ingest=True, listing=True, tree=True, replaced=True),
+            (Fix.PUT_BACK, Fix.DROP_SEALING, Fix.REPORT_FOREIGN),
+        ),
+        (
+            Found(sealing=True, ingest=True, listing=True, directory=True, replaced=True),
+            (Fix.REOPEN, Fix.PUT_BACK, Fix.DROP_SEALING, Fix.REPORT_FOREIGN),
+        ),
+        (
+            Found(manifest=True, ingest=True, listing=True, directory=True, replaced=True),
+            (Fix.DROP_INGEST,),
+        ),
         # A damaged retiring manifest says nothing against a good manifest.
         (Found(unreadable=True, manifest=True, directory=True), (Fix.DROP_RETIRING,)),
         (

@@ -55,7 +55,7 @@ def on_host(path: str) -> dict[str, Any]:
 
 
 def keys(found: parse.Pod) -> frozenset[CacheKey]:
-    return usage.keys_of(found, sealed=SEALED, groups=["gpu"], served=SERVED)
+    return usage.keys_of(found, present=SEALED, groups=["gpu"], served=SERVED)
 
 
 NOTHING: frozenset[CacheKey] = frozenset()
@@ -178,7 +178,7 @@ def test_agents_are_no_users() -> None:
 
 def test_a_pod_that_waits_for_a_model_uses_it_before_it_is_there() -> None:
     waits = pod({"subPath": f"models/{KEY}"})
-    assert usage.keys_of(waits, sealed=(), groups=["gpu"], served=SERVED) == ONE
+    assert usage.keys_of(waits, present=(), groups=["gpu"], served=SERVED) == ONE
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_pod_that_waits_for_a_model_uses_it_before_it_is_there() -> None:
 def test_claims_are_ours_and_kserves(claim: str, whole: bool) -> None:
     mounts = pod({}, volume={"persistentVolumeClaim": {"claimName": claim}})
     assert keys(mounts) == (ALL if whole else NOTHING)
-    assert usage.keys_of(mounts, sealed=SEALED, groups=(), served=SERVED) == NOTHING
+    assert usage.keys_of(mounts, present=SEALED, groups=(), served=SERVED) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_who_mounts_as_kserve_does_uses_all_though_the_group_is_gone(
     name: str, labels: dict[str, str], mount: dict[str, Any], used: frozenset[CacheKey]
 ) -> None:
     found = pod({"name": name, **mount}, volume={**CLAIM, "name": name}, labels=labels)
-    assert usage.keys_of(found, sealed=SEALED, groups=(), served=SERVED) == used
+    assert usage.keys_of(found, present=SEALED, groups=(), served=SERVED) == used
 
 
 def test_of_a_pod_of_kserves_the_hook_says_which_models_too() -> None:
@@ -222,7 +222,7 @@ def test_of_a_pod_of_kserves_the_hook_says_which_models_too() -> None:
         volume={**CLAIM, "name": "kserve-pvc-source"},
         annotations={parse.KEYS: KEY},
     )
-    assert usage.keys_of(found, sealed=SEALED, groups=(), served=SERVED) == ONE
+    assert usage.keys_of(found, present=SEALED, groups=(), served=SERVED) == ONE
 
 
 # -- who else is here ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from agent.model import (
     Block,
     Blocked,
     Entry,
+    Foreign,
     Ingest,
     Job,
     Kept,
@@ -51,6 +52,7 @@ def _facts(phase: Phase) -> Facts:
         return replace(facts, job=Job(key=KEY, stage=stage, total=total, done=2**28))
     extra = {
         Phase.PENDING: {"block": SHORT},
+        Phase.ADOPTING: {"foreign": Foreign(lacking=frozenset()), "ingest": INGEST},
         Phase.READY: {"entry": ENTRY},
         Phase.FAILED: {"attempt": FAILED},
         Phase.PARTIAL: {"ingest": INGEST},
@@ -78,6 +80,8 @@ SAYS = {
     Phase.RESOLVING: "on its way: resolving",
     Phase.FETCHING: "on its way: fetching, 256Mi of 1Gi",
     Phase.VERIFYING: "on its way: verifying, 256Mi of 1Gi",
+    Phase.ADOPTING: "here, and stays: left by another agent, and its sizes are right; its bytes are"
+    " being proven",
     Phase.READY: "here, and would go if room were needed: 1 of 1 that may go",
     Phase.FAILED: "not here: Gated: ask for access",
     Phase.PARTIAL: "not here: it was begun, and nobody asks for it now; its bytes are kept for a"

@@ -20,6 +20,7 @@ from agent.model import (
     Attempt,
     CacheKey,
     Entry,
+    Foreign,
     Ingest,
     Job,
     ModelRef,
@@ -93,6 +94,7 @@ class _Draft:
     demanded: set[CacheKey]
     waiting: dict[CacheKey, float]
     stale: set[CacheKey]
+    foreign: dict[CacheKey, Foreign]
     sizes: dict[CacheKey, int]
 
     def add(self, ref: ModelRef, role: str) -> None:
@@ -109,6 +111,10 @@ class _Draft:
             self._leave(ref, size)
         if role in ("known", "unknown", "held") and self.draw(_one_in(5)):
             self._fail(ref.key)
+        if role in ("known", "unknown") and self.draw(_one_in(8)):
+            # Somebody else's, which the agent cannot take over. What it can is in test_plan.py.
+            foreign = Foreign(bytes=0, lacking=frozenset({"f"}), obstacle="another user's")
+            self.foreign[ref.key] = foreign
         if role in ("known", "unknown") and self.draw(_one_in(4)):
             self.waiting[ref.key] = NOW - self.draw(
                 st.sampled_from((HOUR, HOUR - 1, 2 * HOUR, 3 * HOUR))
@@ -232,7 +238,7 @@ class _Draft:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), {}, set(), {}, set(), {})
+    draft = _Draft(draw, {}, {}, {}, {}, {}, set(), {}, set(), {}, set(), {}, {})
     for number, role in enumerate(draw(st.lists(_ROLES, min_size=2, max_size=9))):
         draft.add(ModelRef(uri=f"hf://acme/{number}"), role)
     in_use = draft.in_use()
@@ -251,6 +257,7 @@ def worlds(draw: st.DrawFn) -> World:
         demanded=frozenset(draft.demanded | (in_use or set())),
         pinned=frozenset(key for key in draft.entries if draw(_one_in(9))),
         waiting=draft.waiting,
+        foreign=draft.foreign,
         outdated=outdated,
         staged=frozenset(key for key in sorted(outdated) if not draw(_one_in(4))),
     )

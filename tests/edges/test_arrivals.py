@@ -26,6 +26,7 @@ class Cache:
         self.damaged = {cache_key(DAMAGED)}
         self.coming = {cache_key(BEGUN)}
         self.going: set[CacheKey] = set()
+        self.left: set[CacheKey] = set()
         self.used: list[tuple[CacheKey, int]] = []
 
     def sealed(self) -> set[CacheKey]:
@@ -33,6 +34,9 @@ class Cache:
 
     async def look(self, key: CacheKey) -> bool:
         return key in self.sealed()
+
+    async def look_beside(self, key: CacheKey) -> bool:
+        return key in self.left
 
     def on_its_way(self, key: CacheKey) -> bool:
         return key in self.coming
@@ -133,6 +137,15 @@ async def test_a_pod_is_as_good_as_its_worst_model(tmp_path: Path, uris: Any, re
         models = [uris] if isinstance(uris, str) else uris
         assert sum(found.counted().values()) == len(models)
         assert found.counted()[result] == 1
+
+
+async def test_what_another_agent_left_is_a_hit_that_nobody_waited_for(tmp_path: Path) -> None:
+    async with node(tmp_path) as found:
+        found.cache.left = {cache_key(ABSENT)}
+        await found.see(a=ABSENT)
+        assert (found.arrivals.hits, found.arrivals.misses) == (1, 0)
+        assert found.value("pod_wait_seconds_count", "hit") == 1
+        assert found.value("pod_wait_seconds_sum", "hit") == 0
 
 
 async def test_a_pod_is_counted_once_also_over_a_restart(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ def _use_pods(pods: dict[str, parse.Pod]) -> None:
         usage.served_at("/models", pods.values(), "a/b")
         usage.holder_is_gone("p", pods)
         for pod in pods.values():
-            usage.keys_of(pod, sealed=(), groups=["c"], served="/models")
+            usage.keys_of(pod, present=(), groups=["c"], served="/models")
     except REFUSALS as error:
         raise AssertionError(f"{pods} cannot be worked with") from error
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from agent.errors import AgentError, Reason
 from agent.model import CacheKey
 from agent.prepare import parse_owner, prepare
 from agent.store import DIRECTORIES
+from tests.edges.volume import UNSHARE, in_child, needs_mounts
 from tests.machine import Machine, everything_in
 
 OWNER = (64000, 64001)
@@ -207,6 +209,154 @@ def test_an_owner_is_a_number(text: str) -> None:
     assert caught.value.reason is Reason.INVALID_SPEC
 
 
+# -- what another agent left --------------------------------------------------------------------
+
+KEY = CacheKey("0123456789abcdef")
+THEIRS = (1000, 2000)
+
+
+def adopt(root: Path, state: Path) -> list[str]:
+    return prepare(root, state, OWNER, require_dedicated=False, adopt=True)
+
+
+def left(root: Path, files: dict[str, int], *, key: str = KEY) -> Path:
+    """What the initializer of a Job leaves: files with these modes, of its user."""
+    top = root / layout.MODELS / key
+    for path, mode in files.items():
+        (top / path).parent.mkdir(parents=True, exist_ok=True)
+        (top / path).write_bytes(b"x")
+        (top / path).chmod(mode)
+    for directory, _, names in os.walk(top):
+        for path in (directory, *(f"{directory}/{name}" for name in names)):
+            os.chown(path, *THEIRS, follow_symlinks=False)
+    return top
+
+
+def test_what_another_agent_left_changes_hands(root: Path, state: Path) -> None:
+    top = left(root, {"config.json": 0o644, "a/b/weights": 0o600, ".cache/x": 0o664, "s": 0o4755})
+    (top / "a").chmod(0o2770)
+    written = {path: path.stat().st_mtime_ns for path in top.rglob("*") if path.is_file()}
+    assert adopt(root, state) == []
+    everything = [top, *top.rglob("*")]
+    assert {owner_of(path) for path in everything} == {OWNER}
+    assert {mode_of(path) for path in everything if path.is_dir()} == {0o755}
+    modes = {str(path.relative_to(top)): mode_of(path) for path in written}
+    assert modes == {"config.json": 0o644, "a/b/weights": 0o644, ".cache/x": 0o644, "s": 0o755}
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "or it were damage"
+
+
+def test_without_being_told_to_nothing_changes_hands(root: Path, state: Path) -> None:
+    top = left(root, {"config.json": 0o644})
+    run(root, state)
+    assert owner_of(top) == owner_of(top / "config.json") == THEIRS
+
+
+def test_a_second_time_changes_nothing(root: Path, state: Path) -> None:
+    top = left(root, {"config.json": 0o644, "a/w": 0o444})
+    adopt(root, state)
+    before = {path: path.stat().st_ctime_ns for path in [top, *top.rglob("*")]}
+    assert adopt(root, state) == []
+    assert {path: path.stat().st_ctime_ns for path in before} == before
+
+
+def test_what_has_no_key_keeps_its_owner(root: Path, state: Path) -> None:
+    """The models of KServe <= 0.17, and whatever people keep there."""
+    top = left(root, {"config.json": 0o644}, key="llama-3")
+    assert adopt(root, state) == []
+    assert owner_of(top) == owner_of(top / "config.json") == THEIRS
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "top"])
+def test_no_link_in_it_is_followed(tmp_path: Path, root: Path, state: Path, kind: str) -> None:
+    victim = tmp_path / "etc"
+    victim.mkdir(mode=0o750)
+    (victim / "shadow").write_text("x")
+    (victim / "shadow").chmod(0o600)
+    top = left(root, {"config.json": 0o644})
+    if kind == "top":
+        link = root / layout.MODELS / ("f" * 16)
+        link.symlink_to(victim)
+    elif kind == "directory":
+        link = top / "weights"
+        link.symlink_to(victim)
+    else:
+        link = top / "weights"
+        link.symlink_to(victim / "shadow")
+    (refused,) = adopt(root, state)
+    assert "is neither a file nor a directory" in refused
+    assert owner_of(victim) == owner_of(victim / "shadow") == (0, 0)
+    assert (mode_of(victim), mode_of(victim / "shadow")) == (0o750, 0o600)
+    assert owner_of(link) != OWNER
+    assert owner_of(top / "config.json") == OWNER
+
+
+@pytest.mark.parametrize("became", ["file", "directory"])
+def test_nor_one_that_takes_a_name_after_it_was_looked_at(
+    tmp_path: Path, root: Path, state: Path, became: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "etc"
+    victim.mkdir()
+    (victim / "shadow").write_text("x")
+    top = left(root, {"a/w": 0o644, "config.json": 0o644})
+    look = os.stat
+    name, target = ("config.json", victim / "shadow") if became == "file" else ("a", victim)
+
+    def slow(path: str, *, dir_fd: int | None = None, follow_symlinks: bool) -> os.stat_result:
+        found = look(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+        if path == name and dir_fd is not None:
+            (top / name).rename(root / "aside")
+            (top / name).symlink_to(target)
+        return found
+
+    monkeypatch.setattr("agent.prepare.os.stat", slow)
+    (refused,) = adopt(root, state)
+    assert name in refused
+    assert owner_of(victim) == owner_of(victim / "shadow") == (0, 0)
+
+
+def test_a_second_name_of_a_file_elsewhere_is_not_given_away(
+    tmp_path: Path, root: Path, state: Path
+) -> None:
+    top = left(root, {"config.json": 0o644})
+    victim = tmp_path / "shadow"
+    victim.write_text("x")
+    victim.chmod(0o600)
+    os.link(victim, top / "weights")
+    (refused,) = adopt(root, state)
+    assert "has another name" in refused
+    assert (owner_of(victim), mode_of(victim)) == ((0, 0), 0o600)
+
+
+def test_odd_things_are_named_and_left(root: Path, state: Path) -> None:
+    top = left(root, {"config.json": 0o644})
+    os.mkfifo(top / "pipe")
+    deep = top / "/".join("d" * 120)
+    deep.mkdir(parents=True)
+    refused = adopt(root, state)
+    assert len(refused) == 2
+    assert any("pipe" in line for line in refused)
+    assert any("deep" in line for line in refused)
+    assert owner_of(top / "config.json") == OWNER
+    assert owner_of(top / "pipe") == owner_of(deep) == (0, 0)
+
+
+@needs_mounts
+def test_another_file_system_is_not_entered(root: Path, state: Path) -> None:
+    in_child(_with_a_mount, root, state, wrap=UNSHARE)
+
+
+def _with_a_mount(root: str, state: str) -> None:
+    top = left(Path(root), {"config.json": 0o644})
+    (top / "mounted").mkdir()
+    options = ["-t", "tmpfs", "-o", "uid=1000", "tmpfs", str(top / "mounted")]
+    subprocess.run(["mount", *options], check=True)
+    (top / "mounted" / "file").touch()
+    (refused,) = adopt(Path(root), Path(state))
+    assert "another file system" in refused
+    assert owner_of(top / "mounted" / "file") == (0, 0)
+    assert owner_of(top / "config.json") == OWNER
+
+
 # -- the verb -----------------------------------------------------------------------------------
 
 
@@ -231,3 +381,11 @@ def test_the_verb_refuses_an_owner_by_name(localmodel: Machine) -> None:
     assert done.code != 0
     assert "64000:64000" in done.stderr
     assert not localmodel.root.exists()
+
+
+def test_the_verb_adopts_and_names_what_it_could_not(localmodel: Machine, state: Path) -> None:
+    top = left(localmodel.root, {"config.json": 0o644})
+    (top / "link").symlink_to("/etc")
+    done = localmodel.inline("prepare", "--adopt", "--state", str(state)).ok()
+    assert done.stderr.startswith("warning: '0123456789abcdef/link' is neither")
+    assert owner_of(top / "config.json") == (64000, 64000)

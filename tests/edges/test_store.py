@@ -24,6 +24,7 @@ from tests.edges.volume import (
     Killed,
     Mortal,
     bring,
+    bring_beside,
     check_offers,
     fast_directory,
     files_below,
@@ -31,12 +32,14 @@ from tests.edges.volume import (
     holds,
     in_child,
     key_of,
+    leave,
     listing,
     mode_of,
     on_offer,
     sealed,
     sha256,
     snapshot,
+    take_over,
     write,
 )
 
@@ -426,14 +429,42 @@ def test_what_is_not_ours_is_never_replaced(
     assert reason(caught) is Reason.FOREIGN_DIRECTORY
     assert snapshot(root) == before  # above all: no note that would call it ours
     assert not (tmp_path / "elsewhere/config.json").exists()
-    with pytest.raises(AgentError) as caught:
-        store.begin(listing())  # not one more byte for a seal that cannot be
-    assert reason(caught) is Reason.FOREIGN_DIRECTORY
+    if kind != "directory":  # whose place can be taken, with more ado: `exchange`
+        with pytest.raises(AgentError) as caught:
+            store.begin(listing())  # not one more byte for a seal that cannot be
+        assert reason(caught) is Reason.FOREIGN_DIRECTORY
     assert store.recover() == [KEY]
     assert store.entries() == []
     _remove(target)
     finish(store, listing())
     check_offers(root)
+
+
+def test_of_two_that_are_not_ours_neither_is_lost(store: Store, root: Path) -> None:
+    """Killed between the two renames, and somebody was faster than the next start."""
+    target, aside = root / layout.model(KEY), root / layout.ingest(KEY) / layout.REPLACED
+    leave(root, {"theirs": b"1"})
+    bring_beside(store, listing())
+    store.make_ready(sealed(listing()))
+    target.rename(aside)
+    leave(root, {"theirs": b"2"})
+    for _ in range(2):
+        assert store.recover() == [KEY]
+        assert (aside / "theirs").read_bytes() == b"1"
+        assert (target / "theirs").read_bytes() == b"2"
+    with pytest.raises(AgentError, match="move one away") as caught:
+        store.exchange(KEY)
+    assert reason(caught) is Reason.FOREIGN_DIRECTORY
+    store.abandon(KEY)
+    assert store.ingests() == {}
+    assert store.recover() == [KEY]
+    assert (aside / "theirs").read_bytes() == b"1"
+    _remove(target)
+    assert store.recover() == [KEY]
+    assert (target / "theirs").read_bytes() == b"1", "back in its place"
+    take_over(store, listing())
+    check_offers(root)
+    assert _names(root / layout.INGEST) == []
 
 
 def test_what_appears_in_the_last_moment_is_not_replaced_either(root: Path) -> None:

@@ -25,6 +25,7 @@ from tests.edges.volume import (
     Killed,
     Mortal,
     bring,
+    bring_beside,
     check_accounted,
     check_offers,
     fast_directory,
@@ -32,13 +33,16 @@ from tests.edges.volume import (
     held,
     holds,
     key_of,
+    leave,
     listing,
     on_offer,
     sealed,
     sealed_store,
     snapshot,
+    take_over,
     write,
 )
+from tests.machine import files_of
 
 KEY, OTHER = key_of(), "hf://org/other"
 NEWER = {**CONTENTS, "weights/shard.bin": b"n" * 70, "more/new.bin": b"new"}
@@ -179,6 +183,32 @@ def half_sealed(root: Path) -> None:
         Store(root, Failing()).seal(sealed(listing()))
 
 
+THEIRS = {**CONTENTS, "weights/shard.bin": b"?" * 70, ".cache/huggingface/download/x": b"etag"}
+"""Of which one file is wrong."""
+
+
+def another_agents(root: Path) -> None:
+    _ready(root)
+    leave(root, THEIRS)
+
+
+def proven_beside_another_agents(root: Path) -> None:
+    another_agents(root)
+    bring_beside(Store(root), LISTING)
+
+
+def half_exchanged(root: Path) -> None:
+    """The other's directory has left its place, and ours has not got it."""
+    proven_beside_another_agents(root)
+    Store(root).make_ready(sealed(LISTING))
+    (root / layout.model(KEY)).rename(root / layout.ingest(KEY) / layout.REPLACED)
+
+
+def exchanged_and_not_published(root: Path) -> None:
+    half_exchanged(root)
+    Store(root).tree(KEY).rename(root / layout.model(KEY))
+
+
 # -- what is done to them -----------------------------------------------------------------------
 
 
@@ -191,6 +221,7 @@ class Case:
     keeps: dict[str, bytes] = field(default_factory=dict)
     offers: bool | None = None  # after recovery: on offer for sure, or surely not
     damaged: bool = False  # by somebody else, and not by the death
+    foreign: bool = False  # until ours is on offer, `THEIRS` are in its place
     again: Callable[[Store], object] | None = None  # how a try that failed is repeated
 
 
@@ -202,6 +233,22 @@ def _retire(store: Store) -> None:
 def _think_again(store: Store) -> None:
     store.begin_retire(KEY)
     store.cancel_retire(KEY)
+
+
+def _adopt(store: Store) -> None:
+    store.begin(LISTING)
+    for path in KEPT:
+        assert store.adopt(KEY, path, store.model(KEY) / path)
+
+
+def _exchange(store: Store) -> None:
+    store.make_ready(sealed(LISTING))
+    store.exchange(KEY)
+
+
+def _do_not_exchange(store: Store) -> None:
+    store.make_ready(sealed(LISTING))
+    store.cancel_ready(KEY)
 
 
 SPOILED = (damaged, damaged_beside_a_newer_ingest, emptied, unreadable, unreadable_beside_an_ingest)
@@ -250,6 +297,56 @@ CASES = {
     ),
     "sweep what is shared": Case(
         prepare=shared_with_the_trash, act=Store.sweep, keeps=ALL, offers=True
+    ),
+    "begin beside another agent's": Case(
+        prepare=another_agents, act=lambda s: s.begin(LISTING), offers=False, foreign=True
+    ),
+    "adopt": Case(
+        prepare=another_agents,
+        act=_adopt,
+        offers=False,
+        foreign=True,
+        again=lambda s: bring_beside(s, LISTING),
+    ),
+    "abandon beside another agent's": Case(
+        prepare=proven_beside_another_agents,
+        act=lambda s: s.abandon(KEY),
+        offers=False,
+        foreign=True,
+    ),
+    "abandon half an exchange": Case(
+        prepare=half_exchanged, act=lambda s: s.abandon(KEY), offers=False, foreign=True
+    ),
+    "exchange": Case(
+        prepare=proven_beside_another_agents,
+        act=_exchange,
+        keeps=ALL,
+        foreign=True,
+        again=lambda s: take_over(s, LISTING),
+    ),
+    "think again of an exchange": Case(
+        prepare=proven_beside_another_agents,
+        act=_do_not_exchange,
+        keeps=ALL,
+        offers=False,
+        foreign=True,
+    ),
+    "recover half an exchange": Case(
+        prepare=half_exchanged, act=Store.recover, keeps=ALL, offers=False, foreign=True
+    ),
+    "recover an exchange": Case(
+        prepare=exchanged_and_not_published,
+        act=Store.recover,
+        keeps=ALL,
+        offers=False,
+        foreign=True,
+    ),
+    "begin after half an exchange": Case(
+        prepare=exchanged_and_not_published,
+        act=lambda s: s.begin(LISTING),
+        keeps=ALL,
+        offers=False,
+        foreign=True,
     ),
     "reopen": Case(
         prepare=damaged, act=lambda s: s.reopen(KEY), keeps=WITHOUT_CONFIG, damaged=True
@@ -302,15 +399,18 @@ def killed(root: Path, act: Callable[[Store], object], at: int, how: str) -> boo
     return False
 
 
-def begin_a_new_life(root: Path, *, damaged: bool = False) -> Store:
+def begin_a_new_life(root: Path, *, damaged: bool = False, foreign: bool = False) -> Store:
     """Recover, and see that a second recovery finds nothing to do."""
     store = Store(root)
     store.open()
-    assert store.recover() == []
+    reported = store.recover()
+    assert reported == ([KEY] if foreign and KEY not in on_offer(root) else [])
+    if reported:
+        assert files_of(root / layout.model(KEY)) == THEIRS
     check_offers(root, vandalised=[KEY] if damaged else [])
-    check_accounted(root)
+    check_accounted(root, foreign=reported)
     before = snapshot(root)
-    assert store.recover() == []
+    assert store.recover() == reported
     assert snapshot(root) == before
     return store
 
@@ -318,14 +418,14 @@ def begin_a_new_life(root: Path, *, damaged: bool = False) -> Store:
 def check(case: Case, root: Path) -> None:
     if case.prepare not in SPOILED and case.act is not Store.open:
         check_offers(root)  # pods read the manifests while no agent runs
-    store = begin_a_new_life(root, damaged=case.damaged)
+    store = begin_a_new_life(root, damaged=case.damaged, foreign=case.foreign)
     if case.offers is not None:
         assert (KEY in on_offer(root)) is case.offers
     assert held(root, KEY, case.keeps)
     if KEY not in on_offer(root) or store.damage(KEY, sealed(LISTING)):
         if KEY in on_offer(root):
             store.reopen(KEY)
-        finish(store, LISTING)
+        take_over(store, LISTING)
     store.sweep()
     store.close()
     check_offers(root)
@@ -358,7 +458,8 @@ def test_killed_at_no_step(roots: Iterator[Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["begin a newer one", "seal", "reopen", "retire", "salvage beside an ingest"]
+    "name",
+    ["begin a newer one", "seal", "exchange", "reopen", "retire", "salvage beside an ingest"],
 )
 def test_killed_again_while_recovering(name: str, roots: Iterator[Path]) -> None:
     case = CASES[name]

@@ -37,6 +37,7 @@ from tests.edges.volume import (
     on_offer,
     sha256,
     snapshot,
+    take_over,
     write,
 )
 
@@ -135,7 +136,7 @@ class Volume(RuleBasedStateMachine):
         if self._free(key):
             self._give_up(key, unless=revision)
             pinned = listing_of(key, revision)
-            self._unless_foreign(key, fate, lambda store: store.begin(pinned))
+            self._do(fate, lambda store: store.begin(pinned))
 
     def _give_up(self, key: CacheKey, *, unless: str) -> None:
         if self.held.get(key) != unless:
@@ -160,6 +161,19 @@ class Volume(RuleBasedStateMachine):
         self._give_up(key, unless=revision)
         self._unless_foreign(key, fate, lambda store: finish(store, pinned, contents))
         if not self._free(key):
+            self.vandalised.discard(key)
+            self.held[key] = revision
+
+    @rule(key=keys, revision=revisions, fate=fates)
+    def take_over(self, key: CacheKey, revision: str, fate: Fate) -> None:
+        """Build beside somebody else's directory, and take its place."""
+        if key not in self.foreign:
+            return
+        self._give_up(key, unless=revision)
+        pinned, contents = listing_of(key, revision), REVISIONS[revision]
+        self._do(fate, lambda store: take_over(store, pinned, contents))
+        if not self._free(key):
+            self.foreign.discard(key)
             self.vandalised.discard(key)
             self.held[key] = revision
 

@@ -84,6 +84,38 @@ def finish(store: Store, pinned: Listing, contents: Mapping[str, bytes] = CONTEN
     store.seal(sealed(pinned, contents))
 
 
+def take_over(store: Store, pinned: Listing, contents: Mapping[str, bytes] = CONTENTS) -> None:
+    """The same where somebody else's directory may have the place."""
+    if store.foreign(pinned.key) is None:
+        finish(store, pinned, contents)
+    else:
+        bring_beside(store, pinned, contents)
+        store.make_ready(sealed(pinned, contents))
+        store.exchange(pinned.key)
+
+
+def bring_beside(store: Store, pinned: Listing, contents: Mapping[str, bytes] = CONTENTS) -> None:
+    """Adopt what is there and right, bring the rest."""
+    key = pinned.key
+    store.begin(pinned)
+    for path, data in contents.items():
+        found, theirs = store.tree(key) / path, store.model(key) / path
+        if not found.is_file() or found.read_bytes() != data:
+            store.discard(key, path)
+            right = theirs.is_file() and theirs.read_bytes() == data
+            if not (right and store.adopt(key, path, theirs)):
+                bring(store, key, {path: data})
+
+
+def leave(root: Path, contents: Mapping[str, bytes], *, uri: str = URI) -> Path:
+    """What another agent leaves in the place of a model."""
+    directory = root / layout.model(cache_key(uri))
+    for path, data in contents.items():
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        write(directory / path, data, mode=0o644)
+    return directory
+
+
 def sealed_store(
     root: Path, contents: Mapping[str, bytes] = CONTENTS, *, uri: str = URI, files: Files
 ) -> Store:
@@ -240,6 +272,9 @@ class Mortal(Files):
 
     def set_mode(self, path: Path, mode: int) -> None:
         self._step(f"mode {path}", lambda: self._real.set_mode(path, mode))
+
+    def sync_file(self, path: Path) -> None:
+        self._step(f"sync {path}", lambda: self._real.sync_file(path))
 
     def sync_directory(self, path: Path) -> None:
         self._step(f"sync {path}", lambda: self._real.sync_directory(path))

@@ -144,18 +144,34 @@ def test_what_was_complete_when_we_were_killed_is_hashed_and_offered_at_start(
     localmodel.check_offers()
 
 
-def test_a_directory_that_is_not_ours_is_reported_and_never_touched(
+def test_a_directory_that_is_not_ours_is_reported_and_untouched_while_it_is_used(
     localmodel: Machine, hub: Hub
 ) -> None:
     theirs = localmodel.model(URI)
     theirs.mkdir(parents=True)
     (theirs / "precious").write_text("work of years")
     localmodel.want("tiny", URI)
+    with (theirs / "precious").open():  # as who serves it does
+        agent = localmodel.agent().wait_ready()
+        assert agent.said(f"{theirs} is not ours")
+        status = agent.wait_state("tiny", "Pending")
+        until(lambda: "takes the place" in agent.status("tiny").get("message", ""), agent.log_text)
+        assert status["foreign"] in ("unknown", "differs")
+        assert files_of(theirs) == {"precious": b"work of years"}
+
+
+def test_what_is_in_the_place_of_a_model_and_no_directory_is_never_touched(
+    localmodel: Machine, hub: Hub
+) -> None:
+    theirs = localmodel.model(URI)
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("work of years")
+    localmodel.want("tiny", URI)
     agent = localmodel.agent().wait_ready()
     assert agent.said(f"{theirs} is not ours")
     status = agent.wait_state("tiny", "Failed", reason="ForeignDirectory")
     assert "move it away" in status["message"]
-    assert files_of(theirs) == {"precious": b"work of years"}
+    assert theirs.read_text() == "work of years"
     assert hub.bytes_sent() == 0
 
 
