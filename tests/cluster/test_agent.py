@@ -36,7 +36,7 @@ def test_an_entry_becomes_files_and_status(node: Node) -> None:
     assert agent.stop() == 0
 
 
-def test_a_model_that_leaves_the_spec_goes_and_its_key_with_it(node: Node, hub: Hub) -> None:
+def test_9_1_7_a_model_that_leaves_the_spec_goes_and_its_key_with_it(node: Node, hub: Hub) -> None:
     hub.add(OTHER, {"config.json": b"{}"})
     node.want(tiny=URI, other=OTHER_URI)
     agent = node.start()
@@ -171,7 +171,7 @@ def test_a_group_at_another_path_is_a_mismatch_that_names_both(node: Node, hub: 
 # -- who else is here ---------------------------------------------------------------------------
 
 
-def test_beside_kserves_agent_nothing_is_managed(node: Node) -> None:
+def test_9_1_14_beside_kserves_agent_nothing_is_managed(node: Node) -> None:
     theirs = node.add_pod(f"theirs-{node.name}", labels=KSERVE, owner="DaemonSet")
     node.want(tiny=URI)
     agent = node.start()
@@ -195,7 +195,7 @@ def test_kserves_agent_that_comes_later_ends_the_managing(node: Node) -> None:
     assert not node.machine.model(URI).exists()
 
 
-def test_downloads_that_kserve_began_are_waited_for(node: Node) -> None:
+def test_9_1_14_downloads_that_kserve_began_are_waited_for(node: Node) -> None:
     labels = {"model": "tiny", "node": node.name}
     job = node.add_pod(f"job-{node.name}", uri=URI, labels=labels, owner="Job")
     node.want(tiny=URI)
@@ -231,7 +231,7 @@ def _me(pod: str) -> str:
 # -- who uses what ------------------------------------------------------------------------------
 
 
-def test_pods_are_counted_once_and_keep_their_model(node: Node, hub: Hub) -> None:
+def test_9_1_7_pods_are_counted_once_and_keep_their_model(node: Node, hub: Hub) -> None:
     node.want(tiny=URI)
     early = node.add_pod(f"early-{node.name}", uri=OTHER_URI)
     agent = node.start()

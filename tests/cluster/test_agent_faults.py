@@ -103,7 +103,7 @@ def test_a_token_that_was_rotated_is_read_again(node: Node, hub: Hub) -> None:
 # -- the objects --------------------------------------------------------------------------------
 
 
-def test_no_local_model_node_is_waited_for(node: Node) -> None:
+def test_9_1_1_no_local_model_node_is_waited_for(node: Node) -> None:
     agent = node.start().wait_ready()
     node.want(tiny=URI)
     node.wait_words(agent, tiny=DOWNLOADED)
@@ -174,7 +174,9 @@ def test_an_agent_that_is_killed_goes_on_where_it_was(node: Node, hub: Hub) -> N
     assert files_of(node.machine.model(URI)) == FILES
 
 
-def test_a_tree_that_somebody_deletes_is_withdrawn_and_comes_again(node: Node, hub: Hub) -> None:
+def test_9_1_8_a_tree_that_somebody_deletes_is_withdrawn_and_comes_again(
+    node: Node, hub: Hub
+) -> None:
     node.want(tiny=URI)
     agent = node.start()
     node.wait_words(agent, tiny=DOWNLOADED)

@@ -151,7 +151,7 @@ def test_a_role_that_was_widened_is_still_held_to_its_node(
     own.request("DELETE", f"{NODES}/a").ok()
 
 
-def test_it_cannot_change_what_it_should_hold(own: AgentOnNode) -> None:
+def test_9_1_3_it_cannot_change_what_it_should_hold(own: AgentOnNode) -> None:
     change = {"spec": {"localModels": [{"modelName": "x", "sourceModelUri": "hf://x/x"}]}}
     assert denied_by_role(own.request("PATCH", f"{NODES}/{own.node}", change))
     made = serving("LocalModelNode", f"{own.node}-new", localModels=[])

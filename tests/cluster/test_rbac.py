@@ -82,7 +82,7 @@ def test_every_rule_is_used_and_every_call_is_allowed(node: Node) -> None:
     assert codes.isdisjoint({401, 403})
 
 
-def test_what_it_watches_is_about_its_own_node(node: Node) -> None:
+def test_9_1_1_what_it_watches_is_about_its_own_node(node: Node) -> None:
     """RBAC cannot say so, and the agent does not ask for more (design D16)."""
     node.want(tiny=URI)
     agent = node.start()

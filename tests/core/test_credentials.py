@@ -177,7 +177,7 @@ def test_9_1_11_and_12_the_environment_of_a_storage_container(case: dict[str, An
     outcome(case, asking(sourceModelUri=uri, **storage), objects)
 
 
-def test_a_uri_is_read_as_it_is_written() -> None:
+def test_9_1_5_a_uri_is_read_as_it_is_written() -> None:
     for uri, key in yaml.safe_load((VECTORS / "uris.yaml").read_text()).items():
         found, _ = read(asking(sourceModelUri=uri), lambda _: None)
         assert cache_key(found.uri) == key

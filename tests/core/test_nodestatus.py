@@ -66,7 +66,7 @@ def condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 @given(st.lists(NAMES, unique=True), BODIES, st.sampled_from(OBSTACLES))
-def test_exactly_one_key_an_entry_and_downloaded_only_where_its_body_says_so(
+def test_9_1_3_exactly_one_key_an_entry_and_downloaded_only_where_its_body_says_so(
     names: list[str], bodies: dict[str, Any], obstacle: AgentError | None
 ) -> None:
     status = composed(*names, bodies=bodies, obstacle=obstacle)

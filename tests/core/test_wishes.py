@@ -70,7 +70,17 @@ def test_an_empty_object_says_that_nothing_is_wanted() -> None:
     assert found.complete
 
 
-def test_the_same_model_by_several_names_is_one_want() -> None:
+def test_9_1_2_fields_of_a_newer_kserve_change_nothing() -> None:
+    newer: dict[str, Any] = {
+        "pvcRef": {"name": "x"},
+        "imagePullSecrets": [{"name": "x"}],
+        "anything": [1],
+    }
+    found = desired(node(entry("a", **newer)))
+    assert found == desired(node(entry("a")))
+
+
+def test_9_1_6_the_same_model_by_several_names_is_one_want() -> None:
     known = caches(("a", "1", {"priority": "1"}), ("team/a", "2", {"priority": "7"}))
     found = desired(node(entry("a"), entry("a", namespace="team")), known)
     assert found.names == {"a": KEY, "team/a": KEY}
@@ -161,7 +171,7 @@ def test_an_entry_without_a_uri_may_mean_any_model() -> None:
         assert not found.complete, "so nothing counts as having left"
 
 
-def test_a_scheme_that_no_source_knows_is_refused_and_wants_nothing() -> None:
+def test_9_1_13_a_scheme_that_no_source_knows_is_refused_and_wants_nothing() -> None:
     found = desired(node(entry("a", "gopher://x/y"), entry("b", OTHER), entry("c", "/etc")))
     assert errors(found) == {"a": Reason.UNSUPPORTED, "c": Reason.UNSUPPORTED}
     assert "gopher://" in found.errors[0].message

@@ -43,3 +43,14 @@ def test_the_readme_commands_exist() -> None:
     commands = set(re.findall(r"(?m)^make ([a-z]+)", (ROOT / "README.md").read_text()))
     assert {"demo", "test"} <= commands
     assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in commands)
+
+
+def test_every_must_of_kserves_contract_has_a_test_with_its_number() -> None:
+    """kserve.md 9.1, 1 to 15: `test_9_1_3_...`, or `test_9_1_11_and_12_...`."""
+    names = [
+        name
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for name in re.findall(r"(?m)^ *(?:async )?def test_9_1_(\w+)\(", path.read_text())
+    ]
+    first = {int(name.split("_")[0]) for name in names}
+    assert first == set(range(1, 16))
