@@ -399,9 +399,11 @@ class Agent(RuleBasedStateMachine):
             assert self._run(self.life.why(uri))
 
     def _nothing_of_others_is_lost(self, now: frozenset[CacheKey]) -> None:
-        """It is there as it was left, or ours is on offer in its place."""
+        """It is there as it was left, or ours is on offer in its place; or was, and was evicted."""
+        actions = [action for decision in self.heard for action in decision.plan.actions]
+        evicted = {action.key for action in actions if isinstance(action, Evict)}
         for key in list(self.left):
-            if key in now:
+            if key in now | evicted:
                 del self.left[key]
             else:
                 assert files_of(self.life.store.model(key)) == self.left[key], key
