@@ -416,15 +416,22 @@ class Reconciler:
         """A job for other patterns than those that are wanted now would publish the wrong files."""
         for key in self._known.overtaken(wants):
             del self._known.staged[key]  # nobody wants it in the place of the other any more
-            await self._abandon(key, 0)
+            await self._give_up(key)
         for key in self._known.needless(wants):
             if key not in self._jobs:
-                await self._abandon(key, 0)
+                await self._give_up(key)
         for key, tally in self._jobs.tallies().items():
             # Nor must a newer revision be waited for while the one on offer is wrong.
             wrong = key in self._known.damaged and key in self._known.sealed
             if wrong or (key in wants and tally.want.ref != wants[key].ref):
                 await self._cancel(key)
+
+    async def _give_up(self, key: CacheKey) -> None:
+        """What is left of one model and cannot be removed now must not stop all others."""
+        try:
+            await self._abandon(key, 0)
+        except AgentError as error:
+            _log.warning("what was begun of %s stays for now: %s", key, error.message)
 
     def wants(self) -> dict[CacheKey, Want]:
         """The desired state, beside it what somebody waits for, and what is being mended."""

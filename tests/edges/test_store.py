@@ -440,6 +440,49 @@ def test_what_is_not_ours_is_never_replaced(
     check_offers(root)
 
 
+def test_what_another_wrote_is_durable_before_it_has_a_name_of_ours(root: Path) -> None:
+    """It may be in the page cache only, and would be hashed there."""
+    files = Mortal()
+    store = Store(root, files)
+    store.open()
+    source = leave(root, CONTENTS) / "config.json"
+    store.begin(listing())
+    files.steps.clear()
+    assert store.adopt(KEY, "config.json", source)
+    target = store.tree(KEY) / "config.json"
+    assert files.steps[:2] == [f"sync {source}", f"link {source} {target}"]
+    assert not store.adopt(KEY, "weights/shard.bin", source.with_name("no")), "it has gone"
+    store.close()
+
+
+@pytest.mark.parametrize("by", ["partial", "tree"])
+def test_another_file_begun_in_its_place_says_that_it_was_wrong(
+    store: Store, root: Path, by: str
+) -> None:
+    leave(root, CONTENTS)
+    store.begin(listing())
+    found = store.foreign(KEY)
+    assert found is not None
+    assert found.whole
+    if by == "tree":
+        bring(store, KEY, {"config.json": CONTENTS["config.json"]})
+    else:
+        write(store.partial(KEY) / "config.json", b"")
+    found = store.foreign(KEY)
+    assert found is not None
+    assert found.lacking == frozenset({"config.json"})
+
+
+def test_what_is_ours_or_empty_is_not_foreign(store: Store, root: Path) -> None:
+    assert store.foreign(KEY) is None
+    (root / layout.model(KEY)).mkdir()
+    assert store.foreign(KEY) is None
+    finish(store, listing())
+    assert store.foreign(KEY) is None
+    store.begin_retire(KEY)
+    assert store.foreign(KEY) is None
+
+
 def test_of_two_that_are_not_ours_neither_is_lost(store: Store, root: Path) -> None:
     """Killed between the two renames, and somebody was faster than the next start."""
     target, aside = root / layout.model(KEY), root / layout.ingest(KEY) / layout.REPLACED

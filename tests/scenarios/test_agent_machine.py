@@ -26,8 +26,9 @@ from agent.events import Event
 from agent.model import Abandon, CacheKey, Evict, Fetch, ModelRef, Resolve, Want, cache_key
 from agent.transfer.pump import DEPTH
 from agent.victims import Links
-from tests.edges.volume import HOW, fast_directory, sha256
+from tests.edges.volume import HOW, fast_directory, leave, sha256
 from tests.fakes.source import Operation
+from tests.machine import files_of
 from tests.scenarios.loop import (
     REST_SECONDS,
     Decision,
@@ -77,7 +78,8 @@ def _weights(seed: str, size: int) -> bytes:
 
 
 class Agent(RuleBasedStateMachine):
-    """`published` is what the source ever had under a URI, as path and SHA-256 of every file."""
+    """`published` is what the source ever had under a URI, as path and SHA-256 of every file;
+    `left` what another agent left in the place of a model, until ours is on offer there."""
 
     @initialize(
         min_age=st.sampled_from([0.0, 0.0, 600.0]),
@@ -113,6 +115,7 @@ class Agent(RuleBasedStateMachine):
         self.wishes: dict[CacheKey, Want] = {}
         self.pods: frozenset[CacheKey] = frozenset()
         self.pins: set[CacheKey] = set()
+        self.left: dict[CacheKey, dict[str, bytes]] = {}
         self.life = Life(self.home, fuse=Fuse(), **self.settings)
         self.life.capacity = CAPACITY
         for uri, size in zip(URIS, sizes, strict=True):
@@ -287,6 +290,26 @@ class Agent(RuleBasedStateMachine):
         self.life.foreign = foreign
         self.life.reconciler.wake()
 
+    @rule(uri=uris, how=st.sampled_from(["whole", "whole", "cut", "wrong", "strange"]), pods=few)
+    def another_agent_leaves_something(self, uri: str, how: str, pods: set[str]) -> None:
+        key = cache_key(uri)
+        if key in self.offers or self.life.store.model(key).exists():
+            return
+        files = dict(self.newest[uri])
+        weights = files["w/weights.bin"]
+        if how == "cut":
+            files["w/weights.bin"] = weights[: len(weights) // 2]
+        elif how == "wrong":
+            files["w/weights.bin"] = bytes(len(weights))
+        elif how == "strange":
+            files = {"strange": b"not of this model"}
+        self.left[key] = files | {".cache/huggingface/x": b"etag"}
+        leave(self.life.store.root, self.left[key], uri=uri)
+        self.disturbed = True
+        self.ours = self._ours()
+        self._pods(pods)
+        self._later(90_000.0)
+
     @rule(pick=st.integers(0, 6), how=st.sampled_from(["directory", "file", "truncate", "write"]))
     def somebody_meddles(self, pick: int, how: str) -> None:
         if not self.offers:
@@ -371,8 +394,19 @@ class Agent(RuleBasedStateMachine):
         self._accounted()
         self._no_churn()
         self._every_want_is_answered(frozenset(now))
+        self._nothing_of_others_is_lost(frozenset(now))
         for uri in URIS:
             assert self._run(self.life.why(uri))
+
+    def _nothing_of_others_is_lost(self, now: frozenset[CacheKey]) -> None:
+        """It is there as it was left, or ours is on offer in its place; or was, and was evicted."""
+        actions = [action for decision in self.heard for action in decision.plan.actions]
+        evicted = {action.key for action in actions if isinstance(action, Evict)}
+        for key in list(self.left):
+            if key in now | evicted:
+                del self.left[key]
+            else:
+                assert files_of(self.life.store.model(key)) == self.left[key], key
 
     def _nothing_needed_is_gone(self, now: frozenset[CacheKey]) -> None:
         eager = {key for key, want in self.wishes.items() if not want.on_demand or want.pinned}
@@ -398,7 +432,8 @@ class Agent(RuleBasedStateMachine):
         if limit is not None:
             room = min(room, limit + max(self.sizes.values()))
         mended = sum(size for key in self.vandalised for size, _ in self._inodes(key))
-        most = max(room, self.ours) + mended + AHEAD
+        theirs = sum(len(data) for files in self.left.values() for data in files.values())
+        most = max(room, self.ours) + mended + theirs + AHEAD
         assert self.peak <= most, f"{self.peak} at the worst, and {most} is allowed"
 
     def _inodes(self, key: CacheKey) -> list[tuple[int, int]]:
@@ -407,7 +442,8 @@ class Agent(RuleBasedStateMachine):
     def _accounted(self) -> None:
         entries = self.heard[-1].actual.entries.values()
         known = sum(entry.bytes for entry in entries) - Links(entries).saved
-        found = inodes_below(self.life.store.root / layout.MODELS)
+        models = map(self.life.store.model, offered(self.life.store.root))
+        found = inodes_below(*models)
         assert known == sum(size for size, _ in found.values())
         assert abs(known - sum(taken for _, taken in found.values())) <= 4096 * len(found)
 
@@ -429,7 +465,8 @@ class Agent(RuleBasedStateMachine):
         for key, want in self.wishes.items():
             if key in now or (want.on_demand and key not in used):
                 continue
-            assert facts[key].block or facts[key].attempt, facts[key]
+            waits = facts[key].staged and facts[key].foreign  # for its pods to go
+            assert facts[key].block or facts[key].attempt or waits, facts[key]
 
 
 _EXAMPLES = os.environ.get("MACHINE_EXAMPLES")

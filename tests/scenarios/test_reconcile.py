@@ -1,6 +1,7 @@
 """The loop against a world that changes under it: eviction races, looks, cancellations, bugs."""
 
 import asyncio
+import errno
 import random
 import shutil
 import threading
@@ -13,6 +14,7 @@ import pytest
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.events import Event
+from agent.files import Files
 from agent.manifest import Manifest
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
@@ -394,3 +396,26 @@ async def test_9_1_8_a_lost_folder_is_noticed_as_soon_as_kserve_asks(
         assert volume.phase(OLD) is Phase.READY
         await volume.later(2)
         assert volume.phase(OLD) is not Phase.READY
+
+
+class _Stuck(Files):
+    """What was begun cannot be moved to the trash."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.parent.name == "trash" and source.parent.name == "ingest":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().rename(source, target)
+
+
+async def test_what_cannot_be_given_up_stops_nobody(tmp_path: Path) -> None:
+    """A leftover beside a sealed model, say, on a disk without room for one more name."""
+    volume = Volume(tmp_path, store=Store(tmp_path / "cache", _Stuck()))
+    volume.source.add(OLD, {"weights.bin": b"o"})
+    volume.source.add(NEW, {"weights.bin": b"n"})
+    async with volume.turning():
+        volume.want(OLD)
+        await volume.reach(OLD, Phase.READY)
+        assert OLD_KEY in volume.store.ingests()
+        volume.want(OLD, NEW)
+        await volume.reach(NEW, Phase.READY)
+        assert volume.metrics.turns.labels(result="failed")._value.get() == 0
