@@ -44,6 +44,7 @@ class Reason(StrEnum):
     SOURCE_UNREADABLE = "SourceUnreadable"
     FINGERPRINT_MISMATCH = "FingerprintMismatch"
     BAD_RESPONSE = "BadResponse"
+    BAD_ARCHIVE = "BadArchive"
     # Somebody must act on this node.
     READ_ONLY = "ReadOnly"
     PERMISSION_DENIED = "PermissionDenied"
@@ -214,6 +215,12 @@ RULES: Mapping[Reason, Rule] = {
         first_seconds=_MINUTE,
         cap_seconds=3600.0,
         advice="the source breaks HTTP's rules; look for a proxy or a gateway in between",
+    ),
+    Reason.BAD_ARCHIVE: Rule(
+        first_seconds=_SLOW,
+        cap_seconds=3600.0,
+        advice="pack the model again: plain files in a .tar, .tar.gz or .zip; or publish them as"
+        " they are",
     ),
     Reason.READ_ONLY: Rule(
         first_seconds=_MINUTE,

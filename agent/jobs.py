@@ -21,13 +21,15 @@ class _Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a job ended: cancelled, with an error, or with what it sealed (None: it only listed)."""
+    """How a job ended: cancelled, with an error, or with what it sealed (None: it only found out
+    what is to be brought). `listed`: it had asked the source what the model is today."""
 
     want: Want
     cancelled: bool = False
     error: AgentError | None = None
     bug: BaseException | None = None
     sealed: Manifest | None = None
+    listed: bool = False
 
 
 class Jobs:
@@ -86,7 +88,7 @@ def _ending(running: _Running) -> Ended:
         return Ended(want=want, cancelled=True)
     error = _only(task.exception())
     if error is None:
-        return Ended(want=want, sealed=task.result())
+        return Ended(want=want, sealed=task.result(), listed=running.tally.lists)
     if isinstance(error, AgentError):
         return Ended(want=want, error=error)
     what = f"{type(error).__name__}: {str(error)[:200]}"

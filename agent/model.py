@@ -108,11 +108,16 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The pinned answer to "what is it today": one revision, every file, sorted by path."""
+    """The pinned answer to "what is it today": one revision, every file, sorted by path.
+
+    `archive` is the file at the source that holds them all, where that is how they come. What is in
+    it nobody knows before it is here: until then there are no `files`.
+    """
 
     ref: ModelRef
     revision: str
     files: tuple[RemoteFile, ...]
+    archive: RemoteFile | None = None
 
     @property
     def key(self) -> CacheKey:
@@ -120,7 +125,12 @@ class Listing:
 
     @property
     def bytes(self) -> int:
-        return sum(file.size for file in self.files)
+        """The room that it takes until it is sealed. An archive lies beside what is in it, and is
+        taken to hold as much as it is long while nobody has looked."""
+        size = sum(file.size for file in self.files)
+        if self.archive is None:
+            return size
+        return self.archive.size + (size if self.files else self.archive.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""`https://host/path/model.gguf` and `http://`: one file of any web server.
+"""`https://host/path/model.gguf` and `http://`: one file of any web server, or what is in it where
+it is an archive.
 
 Pinned by the server's ETag or by its time: what is fetched in pieces is fetched from one version. A
 server that says neither is refused, because an interrupted download could mix two versions without
@@ -18,10 +19,9 @@ import aiohttp
 
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
-from agent.sources.base import pin
+from agent.sources.base import is_archive, pack, pin
 
 _SECONDS = 30.0  # until the headers are there
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 _MOST_BYTES = 2**63
 
@@ -60,13 +60,14 @@ class Web:
         file = RemoteFile(
             path=name, size=int(size), origin=name, digest=_promised(found), version=version
         )
-        return pin(ref, revision, [file])
+        return pack(ref, revision, file) if is_archive([file]) else pin(ref, revision, [file])
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
-        version = file.version or ""
-        condition = "If-Match" if version.startswith('"') else "If-Unmodified-Since"
         headers = self._headers(listing.ref.uri)
-        return HttpLocator(url=listing.ref.uri, headers={**headers, condition: version})
+        if file.version is not None:  # a manifest knows of none; the digest must do
+            strong = file.version.startswith('"')
+            headers["If-Match" if strong else "If-Unmodified-Since"] = file.version
+        return HttpLocator(url=listing.ref.uri, headers=headers)
 
     def _headers(self, uri: str) -> dict[str, str]:
         host = urlsplit(uri).hostname or ""
@@ -100,7 +101,7 @@ class Web:
 
 
 def _name(uri: str) -> str:
-    """The name of the file. Raises InvalidSpec, or Unsupported for what is no single file."""
+    """The name of the file. Raises InvalidSpec for what names none."""
     try:
         parts = urlsplit(uri)
         host = parts.hostname
@@ -114,12 +115,6 @@ def _name(uri: str) -> str:
     name = unquote(parts.path.rpartition("/")[2], errors="surrogateescape")
     if not name:
         raise AgentError(Reason.INVALID_SPEC, f"{_shown(uri)} names no file")
-    if name.lower().endswith(_ARCHIVES):
-        raise AgentError(
-            Reason.UNSUPPORTED,
-            f"{name} is an archive, and archives are not unpacked; host its files in a hub or an"
-            " object store",
-        )
     return name
 
 

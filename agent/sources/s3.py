@@ -36,7 +36,7 @@ from agent.model import (
     RemoteFile,
 )
 from agent.sources.aws import CONNECTIONS, Settings, is_region, of_cache, of_process, s3_errors
-from agent.sources.base import pin, selected
+from agent.sources.base import is_archive, pack, pin, selected
 from agent.threads import looking
 
 _URI = re.compile(r"s3://(?P<bucket>[A-Za-z0-9._-]{3,63})(?:/(?P<below>.*))?", re.DOTALL)
@@ -106,8 +106,13 @@ class S3:
         address = _parse(ref.uri)
         try:
             async with asyncio.timeout(self._listing_seconds):
-                found = await looking(lambda: self._find(ref, address))
-                listing = pin(ref, _revision(found), found)  # nothing is asked of an unsafe name
+                found, packed = await looking(lambda: self._find(ref, address))
+                revision = _revision(found)
+                if packed:
+                    pack(ref, revision, found[0])  # nor here is anything asked of an unsafe name
+                    (archive,) = await self._promised(address, found)
+                    return pack(ref, revision, archive)
+                listing = pin(ref, revision, found)  # nothing is asked of an unsafe name
                 return replace(listing, files=await self._promised(address, listing.files))
         except TimeoutError as error:
             raise AgentError(
@@ -168,7 +173,8 @@ class S3:
         from botocore.exceptions import ClientError
 
         name = (address.key or "").rpartition("/")[2]
-        if len(listing.files) == 1 and name == file.path:  # the object, or the one below it
+        alone = len(listing.files) == 1 or listing.archive is not None
+        if alone and name == file.path:  # the object, or the one below it
             with suppress(ClientError):
                 client.head_object(Bucket=address.bucket, Key=address.key)
                 return address.key or ""
@@ -176,15 +182,18 @@ class S3:
 
     # -- listing ---------------------------------------------------------------------------------
 
-    def _find(self, ref: ModelRef, address: _Address) -> Sequence[RemoteFile]:
-        """The selected files, sorted, with their versions and without their digests."""
+    def _find(self, ref: ModelRef, address: _Address) -> tuple[Sequence[RemoteFile], bool]:
+        """The selected files, sorted, with their versions and without their digests; or the one
+        archive there is, and True."""
         with s3_errors(ref.uri, self._settings):
             client = self._client(address.bucket)
             found = [_object(entry) for entry in self._entries(client, ref, address)]
             if sum(file.size for file in found) >= _SIZES:
                 raise ValueError("it lists more bytes than there can be")
-            chosen = [file for file in found if selected(file.path, ref)]
-        return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass"))
+        if is_archive(found):
+            return found, True
+        chosen = [file for file in found if selected(file.path, ref)]
+        return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass")), False
 
     def _entries(
         self, client: Any, ref: ModelRef, address: _Address

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -191,8 +191,23 @@ def test_what_is_no_file_of_a_host_is_refused(uri: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["m.tar.gz", "m.TGZ", "m.zip", "m.tar"])
-def test_archives_are_refused_with_what_to_do_instead(name: str) -> None:
-    with pytest.raises(AgentError) as caught:
-        Web().check(ModelRef(uri=f"https://host/{name}?x=y"))
-    assert caught.value.reason is Reason.UNSUPPORTED
-    assert "host its files" in caught.value.message
+async def test_an_archive_is_to_be_unpacked(server: Server, name: str) -> None:
+    listing = await Web().list(_ref(server, f"/models/{name}?sig=hush"))
+    assert listing.files == ()
+    assert listing.archive is not None
+    assert (listing.archive.path, listing.archive.version) == (name, '"one"')
+
+
+async def test_an_archive_that_is_not_unpacked_says_what_to_do(server: Server) -> None:
+    error = await _refused(_ref(server, "/m.tar.xz?sig=hush"))
+    assert error.reason is Reason.UNSUPPORTED
+    assert "pack it as .tar" in error.message
+
+
+async def test_a_mend_asks_for_no_version_that_it_does_not_know(server: Server) -> None:
+    """The manifest has none; an empty condition would be refused by a strict server."""
+    listing = await Web().list(_ref(server))
+    bare = replace(listing.files[0], version=None, origin="")
+    locator = await Web().locate(listing, bare)
+    assert isinstance(locator, HttpLocator)
+    assert locator.headers == {}
