@@ -60,6 +60,7 @@ class Reason(StrEnum):
     UNSUPPORTED = "Unsupported"
     CONFLICT = "Conflict"
     KEPT = "Kept"
+    UNSAFE_FILES = "UnsafeFiles"
     # A bug of ours.
     INTERNAL = "InternalError"
 
@@ -273,6 +274,11 @@ RULES: Mapping[Reason, Rule] = {
     ),
     Reason.KEPT: Rule(
         first_seconds=inf, cap_seconds=inf, advice="see localmodel why for what keeps it"
+    ),
+    Reason.UNSAFE_FILES: Rule(
+        first_seconds=inf,
+        cap_seconds=inf,
+        advice="exclude these files, publish safetensors, or set the file policy to warn",
     ),
     Reason.INTERNAL: Rule(
         first_seconds=_MINUTE,

@@ -5,6 +5,7 @@ behind it. So resuming after a crash, mending a damaged model and a plain downlo
 """
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -14,17 +15,30 @@ from pathlib import Path
 
 from agent import manifest
 from agent.errors import AgentError, Reason
+from agent.examine import Findings, by_name, examine, refuse
 from agent.files import version_of
 from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
-from agent.model import CacheKey, Digest, Job, Listing, Locator, RemoteFile, Stage, Want
+from agent.model import (
+    CacheKey,
+    Digest,
+    FilePolicy,
+    Job,
+    Listing,
+    Locator,
+    RemoteFile,
+    Stage,
+    Want,
+)
 from agent.sources import SCHEMES, Source, Sources
 from agent.sources.base import pin
 from agent.store import Store
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
 from agent.unpack import Unpacker
+
+_log = logging.getLogger(__name__)
 
 # What one file's failure says about all others too: going on would only repeat it.
 _HOPELESS = frozenset(
@@ -96,6 +110,7 @@ class Fetcher:
         engine: Engine,
         metrics: Metrics,
         access: Access = own_access,
+        file_policy: FilePolicy = FilePolicy.WARN,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -109,6 +124,7 @@ class Fetcher:
         # Versions of files that cannot be linked: a hash of them would be in vain once more.
         self._unlinkable: set[str] = set()
         self._access = access
+        self._file_policy = file_policy
         self._unpacker = Unpacker(store, engine, proven=self._note_proven)
         self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
         """Called, on the loop, with files of a sealed model whose bytes turned out wrong."""
@@ -146,6 +162,8 @@ class Fetcher:
         want = tally.want
         source = await self._source(want)
         listing = await changing(lambda: self._pinned(want))
+        policy = want.file_policy or self._file_policy
+        self._judge(policy, by_name(policy, (file.path for file in listing.files)))
         tally.total = listing.bytes
         if listing.archive is None:
             digests = await self._files(source, listing, tally)
@@ -160,10 +178,25 @@ class Fetcher:
                 Reason.FINGERPRINT_MISMATCH,
                 f"{want.ref.uri} at {listing.revision} is {sealed.fingerprint}, not {expected}",
             )
+        sealed = await self._examined(sealed, policy)
         if not stage:
             await self.seal(sealed)
         self._metrics.download_done(scheme(want), size=sealed.bytes, seconds=tally.seconds)
         return sealed
+
+    async def _examined(self, proven: Manifest, policy: FilePolicy) -> Manifest:
+        """The same with what is to be said of its files. Raises UnsafeFiles."""
+        paths = [file.path for file in proven.files]
+        found = await looking(lambda: examine(policy, self._store.tree(proven.ref.key), paths))
+        self._judge(policy, found)
+        for warning in found.values():
+            _log.info("%s: %s", proven.ref.uri, warning, extra={"key": proven.ref.key})
+        return replace(proven, warnings=tuple(found.values()))
+
+    def _judge(self, policy: FilePolicy, found: Findings) -> None:
+        for kind in found:
+            self._metrics.unsafe_models.labels(kind=kind, policy=policy.value).inc()
+        refuse(policy, found)
 
     async def check_proven(self, proven: Manifest) -> None:
         """Raise DiskError if what `fetch` has proven was written into since."""

@@ -5,6 +5,7 @@
     # revision 0a1b...
     # include *.safetensors            (one line a pattern; none: everything)
     # sealed 2026-11-21T07:35:20Z
+    # warning pytorch_model.bin runs code ...      (what was said of its files; none: nothing)
     # archive 9000 sha256:77f1... model.tar.gz     (what the files were unpacked from, if anything)
     # file 1280 git-sha1:95d0... config.json      (size, what the source promised or -, path)
     <sha256>  config.json
@@ -63,6 +64,7 @@ class Manifest:
     sealed_at: int
     files: tuple[SealedFile, ...]
     archive: SealedArchive | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -85,6 +87,7 @@ class Manifest:
             files=len(self.files),
             sealed_at=float(self.sealed_at),
             last_used=last_used,
+            warning="; ".join(self.warnings),
         )
 
     def listing(self) -> Listing:
@@ -149,6 +152,7 @@ def render(manifest: Manifest) -> str:
         *(f"# include {_one_line(pattern)}" for pattern in manifest.ref.include),
         *(f"# exclude {_one_line(pattern)}" for pattern in manifest.ref.exclude),
         f"# sealed {datetime.fromtimestamp(manifest.sealed_at, UTC):%Y-%m-%dT%H:%M:%SZ}",
+        *(f"# warning {_one_line(warning)}" for warning in manifest.warnings),
         *_archive_lines(manifest.archive),
         *(f"# file {file.size} {file.promised or '-'} {file.path}" for file in manifest.files),
     ]
@@ -202,6 +206,7 @@ def parse(text: str) -> Manifest:
         sealed_at=int(sealed_at.timestamp()),
         files=files,
         archive=_archive(fields.get("archive", [])),
+        warnings=tuple(fields.get("warning", [])),
     )
 
 

@@ -603,6 +603,8 @@ class Reconciler:
         del self._known.sealed[key], self._known.staged[key]
         self._known.mending[key] = Want(ref=staged.ref)  # if the seal fails, it is tried again
         await self._fetcher.seal(staged)
+        # Whoever asks for the next revision at this moment must not be given the listing of this.
+        self._known.ingests = await looking(self._store.ingests)
         _log.info("%s is now at %s", staged.ref.uri, staged.revision, extra={"key": key})
         await self._succeeded(key, staged)
 

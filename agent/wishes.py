@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from agent.errors import AgentError, Reason
+from agent.formats import strictest
 from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
 from agent.model import CacheKey, Want, cache_key
 
@@ -96,7 +97,9 @@ def of_node(
             _check_path(groups.get(entry.group), served)
             notes = meta.annotations if meta else {}
             asked = want(entry.uri, entry.name, notes, group=entry.group)
-            asked = replace(asked, access=entry.access)
+            group = groups.get(entry.group)
+            policy = group.file_policy if group is not None else None
+            asked = replace(asked, access=entry.access, file_policy=policy)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
@@ -164,6 +167,7 @@ def _joined(first: Want | None, second: Want) -> Want:
         retain_seconds=_longer(first.retain_seconds, second.retain_seconds),
         floor=max(first.floor, second.floor),
         groups=first.groups | second.groups,
+        file_policy=strictest((first.file_policy, second.file_policy)),
         refresh=" ".join(sorted({first.refresh, second.refresh} - {""})),
     )
 

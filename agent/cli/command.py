@@ -86,7 +86,7 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
         help="publish only exactly these bytes (as `localmodel show` tells)",
     )
     limits = ("high", "low", "limit", "min_age", "retain")
-    add_flags(pull, "connections", "max_rate", "stall_seconds", *limits)
+    add_flags(pull, "connections", "max_rate", "stall_seconds", "file_policy", *limits)
 
     _verb(commands, "ls", "the models here", verbs.ls)
 

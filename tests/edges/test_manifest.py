@@ -81,6 +81,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             for path in sorted(paths, key=str.encode)
         ),
         archive=draw(st.none() | _ARCHIVES),
+        warnings=tuple(draw(st.lists(_LINES, max_size=2))),
     )
 
 
@@ -105,12 +106,12 @@ def test_a_text_that_was_cut_off_is_refused(found: Manifest, data: st.DataObject
 
 @given(manifests())
 def test_a_text_without_one_of_its_lines_is_refused(found: Manifest) -> None:
-    """Except for a pattern, or the archive: there is no telling that it was there."""
+    """Except for a pattern, a warning, or the archive: there is no telling that it was there."""
     lines = manifest.render(found).splitlines(keepends=True)
     patterns = len(found.ref.include) + len(found.ref.exclude)
     assume("".join(lines).count("\n") == len(lines))  # splitlines knows more line ends than \n
     sealed = 3 + patterns
-    behind = sealed + (1 if found.archive is None else 2)
+    behind = sealed + 1 + len(found.warnings) + (found.archive is not None)
     for number in (*range(3), sealed, *range(behind, len(lines))):
         with pytest.raises(AgentError):
             manifest.parse("".join(lines[:number] + lines[number + 1 :]))
