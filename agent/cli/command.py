@@ -77,7 +77,10 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     prepare.set_defaults(verb=_prepare, output="table")
 
     pull = _verb(commands, "pull", "have a model here, now", verbs.pull)
-    pull.add_argument("uri", help="hf://owner/name[:revision][/path], file:///path or a plain path")
+    pull.add_argument(
+        "uri",
+        help="hf://owner/name[:revision][/path], s3://, gs://, https://, or a path",
+    )
     pull.add_argument("--include", action="append", default=[], metavar="GLOB", help=_INCLUDE)
     pull.add_argument("--exclude", action="append", default=[], metavar="GLOB", help=_EXCLUDE)
     pull.add_argument(

@@ -24,6 +24,8 @@ from agent.sources.base import is_archive, pack, pin
 _SECONDS = 30.0  # until the headers are there
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 _MOST_BYTES = 2**63
+_AZURE = re.compile(r"\.(blob|file)\.(core\.windows|storage\.azure)\.net$", re.IGNORECASE)
+_ONE_BLOB = "name one blob, or one archive of all, with a SAS where it is not public"
 
 
 class Web:
@@ -101,7 +103,8 @@ class Web:
 
 
 def _name(uri: str) -> str:
-    """The name of the file. Raises InvalidSpec for what names none."""
+    """The name of the file. Raises InvalidSpec for what names none, and Unsupported for what KServe
+    would take for more than a file."""
     try:
         parts = urlsplit(uri)
         host = parts.hostname
@@ -112,9 +115,18 @@ def _name(uri: str) -> str:
             Reason.INVALID_SPEC,
             f"{_shown(uri)} must be https://host/path/file, without a user in it",
         )
+    if _AZURE.search(host) and (parts.path.endswith("/") or "/" not in parts.path.strip("/")):
+        raise AgentError(
+            Reason.UNSUPPORTED, f"{_shown(uri)} is a container, and none is listed; {_ONE_BLOB}"
+        )
     name = unquote(parts.path.rpartition("/")[2], errors="surrogateescape")
     if not name:
         raise AgentError(Reason.INVALID_SPEC, f"{_shown(uri)} names no file")
+    if name.endswith(".git"):
+        raise AgentError(
+            Reason.UNSUPPORTED,
+            f"{_shown(uri)} is a git repository; use hf:// for a hub's, or an archive of it",
+        )
     return name
 
 
@@ -165,6 +177,8 @@ def _errors(uri: str) -> Iterator[None]:
 
 def _refused(uri: str, status: int) -> AgentError:
     said = f"{_shown(uri)} answers {status}"
+    if _AZURE.search(urlsplit(uri).hostname or ""):
+        said += f"; a prefix of a container is not listed: {_ONE_BLOB}"
     if status == 429:
         return AgentError(Reason.RATE_LIMITED, said)
     if status == 408 or status >= 500:
@@ -172,6 +186,7 @@ def _refused(uri: str, status: int) -> AgentError:
     reasons = {
         401: Reason.UNAUTHORIZED,
         403: Reason.UNAUTHORIZED,
+        409: Reason.UNAUTHORIZED,  # PublicAccessNotPermitted, of Azure
         404: Reason.FILE_NOT_FOUND,
         410: Reason.FILE_NOT_FOUND,
     }

@@ -12,6 +12,7 @@ from aiohttp import web
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, ModelRef
 from agent.sources.http import Web
+from agent.sources.http import _refused as _refusal_of
 from tests.contracts.source_contract import bring
 
 WEIGHTS = b"w" * 300_000
@@ -211,3 +212,30 @@ async def test_a_mend_asks_for_no_version_that_it_does_not_know(server: Server) 
     locator = await Web().locate(listing, bare)
     assert isinstance(locator, HttpLocator)
     assert locator.headers == {}
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        ("https://host/org/model.git", "use hf:// for a hub's"),
+        ("https://acct.blob.core.windows.net/container", "name one blob"),
+        ("https://acct.blob.core.windows.net/container/prefix/", "name one blob"),
+        ("https://ACCT.z5.blob.storage.azure.net/container/", "name one blob"),
+        ("https://acct.file.core.windows.net/share", "name one blob"),
+    ],
+)
+def test_what_kserve_takes_for_more_than_a_file_says_what_to_do(uri: str, advice: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        Web().check(ModelRef(uri=uri))
+    assert caught.value.reason is Reason.UNSUPPORTED
+    assert advice in caught.value.message
+
+
+@pytest.mark.parametrize("status", [403, 404, 409])
+def test_a_prefix_of_a_container_is_said_to_be_none(status: int) -> None:
+    uri = "https://acct.blob.core.windows.net/container/prefix?sig=hush"
+    Web().check(ModelRef(uri=uri))  # it may be a blob
+    error = _refusal_of(uri, status)
+    assert "a prefix of a container is not listed" in error.message
+    assert "hush" not in error.message
+    assert "container" not in _refusal_of("https://host/file", status).message
