@@ -32,13 +32,15 @@ from agent.model import Digest, RemoteFile, quantity
 from agent.transfer.connections import Cancellation
 from agent.transfer.sink import BUFFER_BYTES, Hashes, Sink
 
-MOST_FILES = 100_000
-"""Each is a line of a manifest and a name to be remembered."""
+MOST_FILES = 20_000
+"""Each is some hundred bytes of memory, and a line of a manifest."""
 
 _HEADER_BYTES = 1024**2
-"""A long name, or the attributes of one file: tarfile reads them in one piece."""
-_DIRECTORY_BYTES = 32 * 1024**2
-"""The directory of a zip file, with names of 200 bytes for MOST_FILES."""
+"""All that is said of one file, a long name or attributes; tarfile reads each in one piece, and
+remembers those that are said of all files."""
+_DIRECTORY_BYTES = 4 * 1024**2
+"""The directory of a zip file, with names of 150 bytes for MOST_FILES. Of the shortest entries it
+would hold 90,000, in 45 MB of memory."""
 _LINKS = 40  # in a row, as in Linux
 
 _GZIP, _BZIP2, _XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"
@@ -47,6 +49,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BROKEN = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
     *(EOFError, ValueError, LookupError, OverflowError, NotImplementedError, struct.error),
+    RecursionError,  # headers of headers of headers
 )
 """What the two libraries, and what they are made of, raise for bytes that are no archive."""
 
@@ -126,6 +129,7 @@ def contents(
     found = _Found(most_bytes)
     with _opened(path, kind, cancellation) as items:
         for item in items:
+            cancellation.check()
             if item.target is not None:
                 found.count(item.path, 0)
                 found.links[item.path] = item.target
@@ -168,6 +172,7 @@ def unpack(
     left = dict(targets)
     with _opened(path, kind, cancellation) as items:
         for item in items if left else ():
+            cancellation.check()
             if item.body is not None and (wanted := left.pop(item.path, None)):
                 _write(item, wanted, buffer, cancellation, on_bytes)
                 if not left:
@@ -238,11 +243,18 @@ class _Reader:
         self._file = file
         self._cancellation = cancellation
         self._packed = isinstance(file, gzip.GzipFile)
+        self._left: int | None = _HEADER_BYTES
         self.last = b""
 
+    def bound(self, size: int | None) -> None:
+        """How much may be read until this is called again; None: it is of a file, and flows by."""
+        self._left = size
+
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _HEADER_BYTES:
-            raise _bad(f"it has a header of {size} bytes")
+        if self._left is not None:
+            if not 0 <= size <= self._left:
+                raise _bad(f"it has a header of {max(size, _HEADER_BYTES)} bytes")
+            self._left -= size
         self.last = self._file.read(size)
         return self.last
 
@@ -274,9 +286,13 @@ def _tarred(file: BinaryIO, path: Path, cancellation: Cancellation) -> Generator
     with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members.clear()  # it keeps them all
+            if sum(map(len, tar.pax_headers.values())) > _HEADER_BYTES:
+                raise _bad("it has too much to say of all its files")
             cancellation.check()
+            reader.bound(None)
             if (item := _member(tar, member, path)) is not None:
                 yield item
+            reader.bound(_HEADER_BYTES)
     if reader.last != _BLOCK:
         raise _bad("it has no end: it was cut off, or a header in it is damaged")
     reader.drain()

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -312,7 +313,7 @@ def test_links_that_lead_to_no_file_are_refused(
     assert why in error.message
 
 
-def _info(name: str, **fields: int) -> zipfile.ZipInfo:
+def _info(name: str, **fields: object) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
     for field, value in fields.items():
         setattr(info, field, value)
@@ -468,6 +469,56 @@ def test_a_header_of_any_length_takes_no_memory(tmp_path: Path) -> None:
         for _ in range(300):
             file.write(bytes(1024**2))
     assert "a header of" in refusal(path, "tar").message
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE], ids=["one", "all"])
+def test_headers_of_headers_take_no_memory(kind: bytes, tmp_path: Path) -> None:
+    """Of 50 KiB of gzip, 40 MiB: each header is a small one, and all are for one file."""
+    record = b"%d comment=%s\n" % (1_000_000, b"x" * (1_000_000 - len("1000000 comment=\n")))
+    info, _ = entry("pax", type=kind)
+    info.size = len(record)
+    path = tmp_path / "archive"
+    with gzip.open(path, "wb") as file:
+        for _ in range(40):
+            file.write(info.tobuf() + record + bytes(-len(record) % 512))
+    tracemalloc.start()
+    assert "a header of" in refusal(path, "tar").message
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 1024**2
+
+
+def test_what_is_said_of_all_files_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "archive"
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as made:
+        for number in range(4):
+            made.pax_headers = {f"key{number}": "x" * 400_000}
+            header = made.tarinfo.create_pax_global_header(made.pax_headers)
+            assert made.fileobj is not None
+            made.fileobj.write(header)
+            made.offset += len(header)
+            made.addfile(*_streamed(f"{number}.txt", b"x"))
+    assert "of all its files" in refusal(path, "tar").message
+
+
+def _streamed(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    return entry(name, data)[0], io.BytesIO(data)
+
+
+def test_many_short_headers_end(tmp_path: Path) -> None:
+    path = tmp_path / "archive"
+    info, _ = entry("pax", type=tarfile.XGLTYPE)
+    info.size = len(record := b"9 a=bcde\n")
+    path.write_bytes((info.tobuf() + record.ljust(512, b"\0")) * 3000)
+    assert refusal(path, "tar").reason is Reason.BAD_ARCHIVE
+
+
+def test_a_zip_directory_of_any_length_takes_no_memory(tmp_path: Path) -> None:
+    """zipfile reads it in one piece, and makes objects of all of it at once."""
+    comment = bytes(60_000)
+    path = zipped(tmp_path / "archive", [(_info(f"{n}", comment=comment), b"") for n in range(75)])
+    assert path.stat().st_size > 4 * 1024**2
+    assert "its directory is longer" in refusal(path, "zip").message
 
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from agent import layout, manifest
-from agent.errors import Reason
+from agent.errors import AgentError, Reason
 from agent.model import Digest, Ingest, Listing, ModelRef, RemoteFile, Want, cache_key
 from agent.phases import Phase
 from agent.store import Store
@@ -267,6 +267,53 @@ async def test_one_damaged_file_is_mended_and_the_others_stay(volume: Volume, ho
         kept = {name for name in FILES if before[name] == after[name]}
         assert kept == set(FILES) - {"top/weights.bin"}
         assert volume.source.calls.count(("list", URI)) == 1
+
+
+async def test_a_mend_finds_room_for_the_archive_before_it_comes(volume: Volume) -> None:
+    """Nobody could know that it is needed before its files were hashed."""
+    async with volume.turning():
+        volume.want(URI)
+        await volume.reach(URI, Phase.READY)
+        await volume.turn()
+        volume.capacity = sum(map(len, FILES.values())) + len(PACKED) // 2
+        spoiled = volume.store.model(KEY) / "top/weights.bin"
+        spoiled.chmod(0o600)
+        spoiled.write_bytes(WEIGHTS[:-1] + b"!")
+        await volume.later(31)
+        await volume.until(lambda: volume.reconciler.facts()[KEY].block)
+        assert volume.reconciler.facts()[KEY].phase is Phase.PENDING
+        assert volume.source.calls.count(("locate", "model.tar.gz")) == 1
+        volume.capacity *= 3
+        await volume.turn()
+        await volume.reach(URI, Phase.READY)
+        assert _published(volume) == FILES
+
+
+async def test_a_refresh_that_comes_while_an_archive_is_fetched_is_not_lost(
+    volume: Volume,
+) -> None:
+    async with volume.turning():
+        volume.want(URI, refresh="1")
+        await volume.reach(URI, Phase.READY)
+        volume.source.add(URI, {"model.tar.gz": tarball({**FILES, "config.json": b"second"})})
+        volume.source.fail("locate", AgentError(Reason.NETWORK, "no route"))
+        volume.want(URI, refresh="2")
+        await volume.until(lambda: volume.reconciler.failure(KEY))
+        newest = {**FILES, "config.json": b"third"}
+        volume.source.add(URI, {"model.tar.gz": tarball(newest)})
+        volume.source.mend()
+        volume.want(URI, refresh="3")
+
+        async def is_newest() -> bool:
+            await volume.later(60)
+            path = volume.store.model(KEY) / "config.json"
+            return path.exists() and path.read_bytes() == b"third"
+
+        for _ in range(50):
+            if await is_newest():
+                break
+        await volume.reach(URI, Phase.READY)
+        assert files_of(volume.store.model(KEY)) == newest
 
 
 async def test_a_damaged_link_of_an_archive_is_mended(volume: Volume) -> None:
