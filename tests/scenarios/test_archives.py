@@ -14,7 +14,17 @@ import pytest
 
 from agent import layout, manifest
 from agent.errors import AgentError, Reason
-from agent.model import Digest, Ingest, Listing, ModelRef, RemoteFile, Want, cache_key
+from agent.fetch import Tally
+from agent.model import (
+    Digest,
+    Ingest,
+    Listing,
+    ModelRef,
+    RemoteFile,
+    Stage,
+    Want,
+    cache_key,
+)
 from agent.phases import Phase
 from agent.store import Store
 from agent.transfer import archives
@@ -243,6 +253,18 @@ async def test_bytes_that_another_model_has_are_not_written_again(volume: Volume
         first = volume.store.model(cache_key("fake://plain")) / "shard.bin"
         assert first.samefile(volume.store.model(KEY) / "top/weights.bin")
         assert volume.metrics.linked_bytes._value.get() == len(WEIGHTS)
+
+
+async def test_no_room_is_asked_for_what_another_model_has(volume: Volume) -> None:
+    volume.source.add("fake://plain", {"shard.bin": WEIGHTS})
+    async with volume.turning():
+        volume.want("fake://plain")
+        await volume.reach("fake://plain", Phase.READY)
+        want = Want(ref=ModelRef(uri=URI))
+        await volume.fetcher.resolve(want)
+        assert await volume.fetcher.fetch(Tally(want, stage=Stage.FETCHING)) is None
+        total = sum(map(len, FILES.values()))
+        assert _ingest(volume.store).remaining == total - len(WEIGHTS)
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated", "rotten"])
