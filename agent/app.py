@@ -160,6 +160,7 @@ async def open_cache(
                 engine=engine,
                 metrics=metrics,
                 access=around.access,
+                file_policy=settings.file_policy,
             )
             reconciler = Reconciler(
                 store=store,

@@ -404,6 +404,8 @@ class Cluster:
         elif state == Phase.READY and before.get("state") not in (None, Phase.READY):
             message = f"{now['uri']} is on offer at {now['path']}, {now['bytes']} bytes"
             self._tell(name, "Normal", Phase.READY, message)
+            if warning := now.get("warning"):
+                self._tell(name, "Warning", Reason.UNSAFE_FILES, warning)
 
     def _tell(self, name: str, kind: Any, reason: Reason | Phase, message: str) -> None:
         self._tell_the_node(kind, reason, f"{name}: {message}", topic=name)

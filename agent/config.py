@@ -10,6 +10,7 @@ from typing import Any
 
 from agent import layout
 from agent.errors import AgentError, Reason
+from agent.model import FilePolicy
 from agent.quantities import parse_duration, parse_size
 
 _DAY = 86400.0
@@ -32,6 +33,12 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def _file_policy(text: str) -> FilePolicy:
+    if text not in tuple(FilePolicy):
+        raise ValueError(f"{text!r} is not {', '.join(FilePolicy)}")
+    return FilePolicy(text)
 
 
 def _setting(
@@ -121,6 +128,12 @@ class Settings:
         "a model is no victim for so long after it came, as 10m",
         parse=parse_duration,
         default=600.0,
+    )
+    file_policy: FilePolicy = _setting(
+        "what is done about files that run code when they are loaded (pickle) and broken"
+        " safetensors: warn, refuse or off; a node group's annotation file-policy wins",
+        parse=_file_policy,
+        default=FilePolicy.WARN,
     )
     scrub_days: float = _setting(
         "every model is read and hashed again after so many days; 0: never",

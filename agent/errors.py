@@ -44,6 +44,7 @@ class Reason(StrEnum):
     SOURCE_UNREADABLE = "SourceUnreadable"
     FINGERPRINT_MISMATCH = "FingerprintMismatch"
     BAD_RESPONSE = "BadResponse"
+    BAD_ARCHIVE = "BadArchive"
     # Somebody must act on this node.
     READ_ONLY = "ReadOnly"
     PERMISSION_DENIED = "PermissionDenied"
@@ -59,6 +60,7 @@ class Reason(StrEnum):
     UNSUPPORTED = "Unsupported"
     CONFLICT = "Conflict"
     KEPT = "Kept"
+    UNSAFE_FILES = "UnsafeFiles"
     # A bug of ours.
     INTERNAL = "InternalError"
 
@@ -215,6 +217,12 @@ RULES: Mapping[Reason, Rule] = {
         cap_seconds=3600.0,
         advice="the source breaks HTTP's rules; look for a proxy or a gateway in between",
     ),
+    Reason.BAD_ARCHIVE: Rule(
+        first_seconds=_SLOW,
+        cap_seconds=3600.0,
+        advice="pack the model again: plain files in a .tar, .tar.gz or .zip; or publish them as"
+        " they are",
+    ),
     Reason.READ_ONLY: Rule(
         first_seconds=_MINUTE,
         cap_seconds=_SLOW,
@@ -266,6 +274,11 @@ RULES: Mapping[Reason, Rule] = {
     ),
     Reason.KEPT: Rule(
         first_seconds=inf, cap_seconds=inf, advice="see localmodel why for what keeps it"
+    ),
+    Reason.UNSAFE_FILES: Rule(
+        first_seconds=inf,
+        cap_seconds=inf,
+        advice="exclude these files, publish safetensors, or set the file policy to warn",
     ),
     Reason.INTERNAL: Rule(
         first_seconds=_MINUTE,

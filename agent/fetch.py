@@ -5,24 +5,41 @@ behind it. So resuming after a crash, mending a damaged model and a plain downlo
 """
 
 import asyncio
+import logging
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from agent import manifest
 from agent.errors import AgentError, Reason
+from agent.examine import Findings, by_name, examine, refuse
 from agent.files import version_of
 from agent.layout import is_one_line
 from agent.manifest import Manifest, SealedFile
 from agent.metrics import Metrics
-from agent.model import CacheKey, Job, Listing, Locator, RemoteFile, Stage, Want
+from agent.model import (
+    CacheKey,
+    Digest,
+    FilePolicy,
+    Job,
+    Listing,
+    Locator,
+    RemoteFile,
+    Stage,
+    Want,
+)
 from agent.ratelimits import RateLimits
 from agent.sources import OWN, SCHEMES, Given, Source, Sources
+from agent.sources.base import pin
 from agent.store import Store
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
+from agent.unpack import Unpacker
+
+_log = logging.getLogger(__name__)
 
 # What one file's failure says about all others too: going on would only repeat it.
 _HOPELESS = frozenset(
@@ -52,6 +69,7 @@ class Tally:
         self.received = 0
         self.linked = 0
         self.begun_at = time.monotonic()
+        self.lists = stage is Stage.RESOLVING
         self._stage = stage
         self._done = 0
         self._lock = threading.Lock()
@@ -102,6 +120,7 @@ class Fetcher:
         engine: Engine,
         metrics: Metrics,
         access: Access = own_access,
+        file_policy: FilePolicy = FilePolicy.WARN,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -116,6 +135,8 @@ class Fetcher:
         self._unlinkable: set[str] = set()
         self._access = access
         self._limits = RateLimits()
+        self._file_policy = file_policy
+        self._unpacker = Unpacker(store, engine, proven=self._note_proven)
         self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
         """Called, on the loop, with files of a sealed model, or of what another agent left in the
         place of one, whose bytes turned out wrong."""
@@ -165,14 +186,24 @@ class Fetcher:
             await self._adopt_all(listing, counts)
         await self._share_all(listing, counts)
 
-    async def fetch(self, tally: Tally) -> Manifest:
+    async def fetch(self, tally: Tally) -> Manifest | None:
         """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
-        what it is to take the place of. Raises AgentError."""
+        what it is to take the place of. Raises AgentError.
+
+        None where more is to be brought than was known, so that room must be found for it first.
+        """
         want = tally.want
         source = await self._source(want)
         listing = await changing(lambda: self._pinned(want))
+        policy = want.file_policy or self._file_policy
+        self._judge(policy, by_name(policy, (file.path for file in listing.files)))
         tally.total = listing.bytes
-        digests = await self._files(source, listing, tally)
+        if listing.archive is None:
+            digests = await self._files(source, listing, tally)
+        elif (unpacked := await self._unpacked(source, listing, listing.archive, tally)) is None:
+            return None
+        else:
+            digests = unpacked
         sealed = manifest.seal(listing, digests, sealed_at=int(self._clock()))
         expected = want.expect_fingerprint
         if expected is not None and sealed.fingerprint != expected:
@@ -180,10 +211,25 @@ class Fetcher:
                 Reason.FINGERPRINT_MISMATCH,
                 f"{want.ref.uri} at {listing.revision} is {sealed.fingerprint}, not {expected}",
             )
+        sealed = await self._examined(sealed, policy)
         if not tally.staged:
             await self.seal(sealed)
-        self._metrics.download_done(scheme(want), size=listing.bytes, seconds=tally.seconds)
+        self._metrics.download_done(scheme(want), size=sealed.bytes, seconds=tally.seconds)
         return sealed
+
+    async def _examined(self, proven: Manifest, policy: FilePolicy) -> Manifest:
+        """The same with what is to be said of its files. Raises UnsafeFiles."""
+        paths = [file.path for file in proven.files]
+        found = await looking(lambda: examine(policy, self._store.tree(proven.ref.key), paths))
+        self._judge(policy, found)
+        for warning in found.values():
+            _log.info("%s: %s", proven.ref.uri, warning, extra={"key": proven.ref.key})
+        return replace(proven, warnings=tuple(found.values()))
+
+    def _judge(self, policy: FilePolicy, found: Findings) -> None:
+        for kind in found:
+            self._metrics.unsafe_models.labels(kind=kind, policy=policy.value).inc()
+        refuse(policy, found)
 
     async def check_proven(self, proven: Manifest) -> None:
         """Raise DiskError if what `fetch` has proven was written into since."""
@@ -233,6 +279,22 @@ class Fetcher:
         beside: bool,
         tally: Tally,
     ) -> str:
+        if (digest := await self._here(listing, file, copies, beside, tally)) is not None:
+            return digest
+        key, proven = listing.key, self._store.tree(listing.key) / file.path
+        partial = self._store.partial(key) / file.path
+        digest = await self._receive(source, listing, file, partial, tally)
+        await changing(lambda: self._store.promote(key, file.path))
+        await looking(lambda: self._note_proven(proven, digest))
+        return digest
+
+    def _note_proven(self, path: Path, digest: str) -> None:
+        self._proven[path] = (_version(path), digest)
+
+    async def _here(
+        self, listing: Listing, file: RemoteFile, copies: Copies, beside: bool, tally: Tally
+    ) -> str | None:
+        """The digest of a file that need not be brought; of a wrong one, nothing is left."""
         key, proven = listing.key, self._store.tree(listing.key) / file.path
         if (version := await looking(lambda: _version(proven))) is not None:
             if (digest := await self._found(proven, version, file)) is not None:
@@ -246,8 +308,12 @@ class Fetcher:
             here = await self._share(listing, file, copies, tally)
         if here is not None:
             tally.add(file.size, 0)
-            return here
+        return here
 
+    async def _receive(
+        self, source: Source, listing: Listing, file: RemoteFile, path: Path, tally: Tally
+    ) -> str:
+        """Bring one file of the source, or what is missing of it, and prove it."""
         host = source.host(listing.ref)
 
         async def locate() -> Locator:
@@ -265,7 +331,7 @@ class Fetcher:
             self._metrics.retries.labels(source=scheme(tally.want), reason=error.reason.value).inc()
 
         job = FileJob(
-            path=self._store.partial(key) / file.path,
+            path=path,
             size=file.size,
             promised=file.digest,
             locate=locate,
@@ -273,13 +339,77 @@ class Fetcher:
             on_retry=on_retry,
         )
         try:
-            digest = await self._engine.fetch(job)
+            return await self._engine.fetch(job)
         except AgentError as error:
             self._limits.heed(host, error)
             raise
-        await changing(lambda: self._store.promote(key, file.path))
-        self._proven[proven] = (await looking(lambda: _version(proven)), digest)
-        return digest
+
+    # -- archives -----------------------------------------------------------------------------
+
+    async def _unpacked(
+        self, source: Source, listing: Listing, archive: RemoteFile, tally: Tally
+    ) -> dict[str, str] | None:
+        """The SHA-256 of every file that comes in an archive, by path, once they are all there.
+
+        None where the archive was only looked into, so that room can be found for what is in it; or
+        where it is needed again, and no room was.
+        """
+        key = listing.key
+        if not listing.files:
+            await self._look_inside(source, listing, archive, tally)
+            return None
+        no_room = await looking(lambda: self._store.is_complete(listing))
+        digests: dict[str, str] = {}
+        missing: list[RemoteFile] = []
+        copies = await looking(self._store.copies)
+        beside = await looking(lambda: self._store.foreign(key)) is not None
+
+        async def one(file: RemoteFile) -> None:
+            if (digest := await self._here(listing, file, copies, beside, tally)) is None:
+                missing.append(file)
+            else:
+                digests[file.path] = digest
+
+        await _each(listing.files, one)
+        if missing and no_room:
+            return None
+        if missing:
+            opened = await self._archive(source, listing, archive, tally)
+            digests |= await self._unpacker.unpack(
+                key, opened, missing, on_bytes=lambda size: tally.add(size, 0)
+            )
+        await changing(lambda: self._store.drop_archive(key))
+        self._proven.pop(self._store.archive(key), None)
+        return digests
+
+    async def _archive(
+        self, source: Source, listing: Listing, archive: RemoteFile, tally: Tally
+    ) -> RemoteFile:
+        """Bring the archive of a listing; the same with the SHA-256 of what was brought."""
+        path = self._store.archive(listing.key)
+        version = await looking(lambda: _version(path))
+        known = self._proven.get(path)
+        if known is not None and version is not None and known[0] == version:
+            digest = known[1]
+            tally.add(archive.size, 0)
+        else:
+            digest = await self._receive(source, listing, archive, path, tally)
+            await looking(lambda: self._note_proven(path, digest))
+        return replace(archive, digest=Digest("sha256", digest))
+
+    async def _look_inside(
+        self, source: Source, listing: Listing, archive: RemoteFile, tally: Tally
+    ) -> Listing:
+        """Pin what is in the archive of a listing, and link what other models have of it."""
+        opened = await self._archive(source, listing, archive, tally)
+        tally.verify()
+        found = replace(
+            pin(listing.ref, listing.revision, await self._unpacker.contents(listing.key, opened)),
+            archive=opened,
+        )
+        await changing(lambda: self._store.begin(found))
+        await self._share_all(found, tally)
+        return found
 
     async def _found(self, path: Path, version: str, file: RemoteFile) -> str | None:
         """The digest of a file that is in the tree already; None if it must be brought.

@@ -12,9 +12,6 @@ from agent.model import Foreign, Listing
 
 ADVICE = "`localmodel prepare --adopt`, as root, gives it to the agent"
 
-_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip")
-_METADATA = ".cache/huggingface/"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
@@ -35,12 +32,13 @@ class Seen:
 
 def judge(place: str, seen: Sequence[Seen], listing: Listing | None, *, user: int) -> Foreign:
     """`user` is who this agent runs as: it can take over only what is its own; root, anything."""
-    unpacked = _unpacked(seen, listing)
+    if listing is not None and listing.archive is not None and not listing.files:
+        listing = None  # what is in it is not known before it was looked into
     return Foreign(
         bytes=sum(one.size or 0 for one in seen),
         shared=frozenset((one.inode, one.size) for one in seen if one.size and one.names > 1),
-        lacking=None if listing is None or unpacked else _lacking(seen, listing),
-        obstacle=unpacked or _not_ours(place, seen, user),
+        lacking=None if listing is None else _lacking(seen, listing),
+        obstacle=_not_ours(place, seen, user),
     )
 
 
@@ -54,22 +52,6 @@ def _lacking(seen: Sequence[Seen], listing: Listing) -> frozenset[str]:
     Nor empty files that are missing: KServe brings none from an object store."""
     sizes = {one.path: -1 if one.size is None or one.replaced else one.size for one in seen}
     return frozenset(file.path for file in listing.files if sizes.get(file.path, 0) != file.size)
-
-
-def _unpacked(seen: Sequence[Seen], listing: Listing | None) -> str:
-    """A single archive that was unpacked, as KServe does and this agent does not: its servers would
-    find an archive in the place of their files."""
-    if listing is None or len(listing.files) != 1:
-        return ""
-    (archive,) = listing.files
-    there = {one.path for one in seen if one.size is not None}
-    others = [path for path in there if not path.startswith(_METADATA)]
-    if not archive.path.endswith(_ARCHIVES) or archive.path in there or not others:
-        return ""
-    return (
-        f"it holds what was unpacked of {archive.path}, and this agent unpacks nothing: it is left"
-        " as it is, and never refreshed; name a source of single files to have it proven"
-    )
 
 
 def _not_ours(place: str, seen: Sequence[Seen], user: int) -> str:

@@ -21,8 +21,9 @@ class _Running:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a job ended: cancelled, with an error, or with what it sealed (None: it only listed).
-    `staged`: what it proved is not sealed yet."""
+    """How a job ended: cancelled, with an error, or with what it sealed (None: it only found out
+    what is to be brought). `staged`: what it proved is not sealed yet. `listed`: it had asked the
+    source what the model is today."""
 
     want: Want
     cancelled: bool = False
@@ -30,6 +31,7 @@ class Ended:
     bug: BaseException | None = None
     sealed: Manifest | None = None
     staged: bool = False
+    listed: bool = False
 
 
 class Jobs:
@@ -88,7 +90,12 @@ def _ending(running: _Running) -> Ended:
         return Ended(want=want, cancelled=True)
     error = _only(task.exception())
     if error is None:
-        return Ended(want=want, sealed=task.result(), staged=running.tally.staged)
+        return Ended(
+            want=want,
+            sealed=task.result(),
+            staged=running.tally.staged,
+            listed=running.tally.lists,
+        )
     if isinstance(error, AgentError):
         return Ended(want=want, error=error)
     what = f"{type(error).__name__}: {str(error)[:200]}"

@@ -6,7 +6,8 @@ quoting.
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from agent.errors import AgentError, Reason
 from agent.model import CacheKey
@@ -27,6 +28,7 @@ LISTING = "listing.json"
 TREE = "tree"
 PARTIAL = "partial"
 REPLACED = "replaced"  # what somebody else had left in the model's place, until ours is on offer
+ARCHIVE = "archive"  # what the files of `tree` are unpacked from
 
 # Inside the state directory.
 INDEX = "index.sqlite3"
@@ -39,6 +41,17 @@ DIRECTORY_MODE = 0o755
 FILE_MODE = 0o444
 PRIVATE_MODE = 0o700
 NOTE_MODE = 0o644  # manifests and progress lines
+
+ArchiveKind = Literal["tar", "zip", "refused"]
+
+_ARCHIVES: Mapping[str, ArchiveKind] = {
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".zip": "zip",
+    # Their windows are as large as whoever packed them likes: memory that the agent has not got.
+    **dict.fromkeys((".tar.bz2", ".tbz2", ".tar.xz", ".txz"), "refused"),
+}
 
 _NAME_MAX = 255  # bytes in one name, on every Linux file system that matters
 _PATH_MAX = 1024  # bytes in a relative path: leaves room for the mount and kubelet's own prefix
@@ -99,6 +112,12 @@ def key_of_manifest(name: str) -> tuple[CacheKey, str] | None:
     ):
         return CacheKey(parts[1]), parts[2]
     return None
+
+
+def archive_kind(name: str) -> ArchiveKind | None:
+    """How KServe's initializer would unpack a file of this name; None: it is a file as any."""
+    kinds = (kind for suffix, kind in _ARCHIVES.items() if name.lower().endswith(suffix))
+    return next(kinds, None)
 
 
 def is_one_line(text: str) -> bool:

@@ -5,6 +5,8 @@
     # revision 0a1b...
     # include *.safetensors            (one line a pattern; none: everything)
     # sealed 2026-11-21T07:35:20Z
+    # warning pytorch_model.bin runs code ...      (what was said of its files; none: nothing)
+    # archive 9000 sha256:77f1... model.tar.gz     (what the files were unpacked from, if anything)
     # file 1280 git-sha1:95d0... config.json      (size, what the source promised or -, path)
     <sha256>  config.json
 
@@ -31,6 +33,8 @@ _FILE_LINE = re.compile(
     r"(?P<path>.+)"
 )
 
+_ARCHIVE_LINE = re.compile(r"(?P<size>[0-9]{1,19}) sha256:(?P<sha256>[0-9a-f]{64}) (?P<path>.+)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedFile:
@@ -43,6 +47,15 @@ class SealedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SealedArchive:
+    """What the files of a model were unpacked from: its name at the source, and our SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A sealed model. `sealed_at` is whole Unix seconds."""
 
@@ -50,6 +63,8 @@ class Manifest:
     revision: str
     sealed_at: int
     files: tuple[SealedFile, ...]
+    archive: SealedArchive | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -72,6 +87,7 @@ class Manifest:
             files=len(self.files),
             sealed_at=float(self.sealed_at),
             last_used=last_used,
+            warning="; ".join(self.warnings),
         )
 
     def listing(self) -> Listing:
@@ -92,6 +108,14 @@ class Manifest:
                 )
                 for file in self.files
             ),
+            archive=None
+            if self.archive is None
+            else RemoteFile(
+                path=self.archive.path,
+                size=self.archive.size,
+                origin="",
+                digest=Digest("sha256", self.archive.sha256),
+            ),
         )
 
 
@@ -106,7 +130,17 @@ def seal(listing: Listing, sha256: dict[str, str], *, sealed_at: int) -> Manifes
         revision=listing.revision,
         sealed_at=sealed_at,
         files=tuple(sorted(files, key=lambda file: file.path.encode())),
+        archive=_sealed_archive(listing.archive),
     )
+
+
+def _sealed_archive(archive: RemoteFile | None) -> SealedArchive | None:
+    if archive is None:
+        return None
+    # Whoever opened it has pinned its SHA-256, whatever the source had promised of it.
+    assert archive.digest is not None
+    assert archive.digest.algorithm == "sha256"
+    return SealedArchive(path=archive.path, size=archive.size, sha256=archive.digest.hex)
 
 
 def render(manifest: Manifest) -> str:
@@ -118,9 +152,17 @@ def render(manifest: Manifest) -> str:
         *(f"# include {_one_line(pattern)}" for pattern in manifest.ref.include),
         *(f"# exclude {_one_line(pattern)}" for pattern in manifest.ref.exclude),
         f"# sealed {datetime.fromtimestamp(manifest.sealed_at, UTC):%Y-%m-%dT%H:%M:%SZ}",
+        *(f"# warning {_one_line(warning)}" for warning in manifest.warnings),
+        *_archive_lines(manifest.archive),
         *(f"# file {file.size} {file.promised or '-'} {file.path}" for file in manifest.files),
     ]
     return "\n".join(comments) + "\n" + manifest._digest_lines()
+
+
+def _archive_lines(archive: SealedArchive | None) -> list[str]:
+    if archive is None:
+        return []
+    return [f"# archive {archive.size} sha256:{archive.sha256} {_one_line(archive.path)}"]
 
 
 def parse(text: str) -> Manifest:
@@ -163,7 +205,18 @@ def parse(text: str) -> Manifest:
         revision=revision,
         sealed_at=int(sealed_at.timestamp()),
         files=files,
+        archive=_archive(fields.get("archive", [])),
+        warnings=tuple(fields.get("warning", [])),
     )
+
+
+def _archive(lines: list[str]) -> SealedArchive | None:
+    if not lines:
+        return None
+    match = _ARCHIVE_LINE.fullmatch(lines[0])
+    if match is None or len(lines) > 1:
+        raise _invalid(f"archive line {lines[0][:80]!r}")
+    return SealedArchive(path=match["path"], size=int(match["size"]), sha256=match["sha256"])
 
 
 def _file(line: str, digests: dict[str, str]) -> SealedFile:

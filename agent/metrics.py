@@ -19,10 +19,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent import __version__
 from agent.errors import AgentError, Reason
-from agent.model import Space, Traffic, Why
+from agent.model import FilePolicy, Space, Traffic, Why
 from agent.phases import Phase
 
 Result = Literal["hit", "joined", "miss"]
+FileKind = Literal["pickle", "safetensors"]
+FILE_KINDS: tuple[FileKind, ...] = ("pickle", "safetensors")
 RESULTS: tuple[Result, ...] = ("hit", "joined", "miss")
 
 _GIB = 1024**3
@@ -109,6 +111,13 @@ class Metrics:
             "Bytes of sealed models that were read and hashed again in the background.",
             registry=registry,
         )
+        self.unsafe_models = Counter(
+            "localmodel_unsafe_models",
+            "Models whose files run code when they are loaded (pickle) or cannot be loaded"
+            " (safetensors), sealed with a warning or refused.",
+            ["kind", "policy"],
+            registry=registry,
+        )
         self.evictions = Counter(
             "localmodel_evictions",
             "Sealed models retired: for room, or because they left, expired or were asked to go.",
@@ -168,6 +177,9 @@ class Metrics:
         for kind in ("look", "hash", "scrub"):
             for result in ("ok", "damaged"):
                 self.verifications.labels(kind=kind, result=result)
+        for found in FILE_KINDS:
+            for policy in (FilePolicy.WARN, FilePolicy.REFUSE):
+                self.unsafe_models.labels(kind=found, policy=policy.value)
         for why in Why:
             self.evictions.labels(why=why.value)
         for result in ("ok", "failed"):

@@ -38,6 +38,14 @@ class ModelRef:
         return cache_key(self.uri)
 
 
+class FilePolicy(StrEnum):
+    """What is done about files that run code when they are loaded, or that cannot be loaded."""
+
+    OFF = "off"
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
     """A model that should be here, and the names of those who asked (several may share a key).
@@ -48,6 +56,7 @@ class Want:
     in bytes, shown until its listing is known. `groups` are the node groups that ask for it.
     Any new value of `refresh` asks the source again what the model is today (design D13). `access`
     is what the cache says of its credentials, as JSON: names, never a secret; "" where it cannot.
+    `file_policy` is what its node groups say of that; None: what the agent says.
     """
 
     ref: ModelRef
@@ -62,6 +71,7 @@ class Want:
     groups: frozenset[str] = frozenset()
     refresh: str = ""
     access: str = ""
+    file_policy: FilePolicy | None = None
 
     @property
     def key(self) -> CacheKey:
@@ -108,11 +118,16 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The pinned answer to "what is it today": one revision, every file, sorted by path."""
+    """The pinned answer to "what is it today": one revision, every file, sorted by path.
+
+    `archive` is the file at the source that holds them all, where that is how they come. What is in
+    it nobody knows before it is here: until then there are no `files`.
+    """
 
     ref: ModelRef
     revision: str
     files: tuple[RemoteFile, ...]
+    archive: RemoteFile | None = None
 
     @property
     def key(self) -> CacheKey:
@@ -120,7 +135,12 @@ class Listing:
 
     @property
     def bytes(self) -> int:
-        return sum(file.size for file in self.files)
+        """The room that it takes until it is sealed. An archive lies beside what is in it, and is
+        taken to hold as much as it is long while nobody has looked."""
+        size = sum(file.size for file in self.files)
+        if self.archive is None:
+            return size
+        return self.archive.size + (size if self.files else self.archive.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +174,8 @@ Locator = HttpLocator | PathLocator
 class Entry:
     """A sealed model: complete, proven and on offer. Immutable by construction.
 
-    `shared` are those of its files that have more than one name: inode and size.
+    `shared` are those of its files that have more than one name: inode and size. `warning` is what
+    its users should know of its files; "" for nothing.
     """
 
     ref: ModelRef
@@ -164,6 +185,7 @@ class Entry:
     files: int
     sealed_at: float
     last_used: float
+    warning: str = ""
     shared: frozenset[tuple[int, int]] = frozenset()
 
     @property

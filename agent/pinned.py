@@ -1,7 +1,9 @@
 """The pinned listing of an ingest, as a text on disk; and what of it another listing keeps."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from agent.model import Digest, Listing, ModelRef, RemoteFile
 
@@ -18,16 +20,19 @@ def parse(data: bytes) -> Listing:
     return Listing(
         ref=ModelRef(uri=ref["uri"], include=tuple(ref["include"]), exclude=tuple(ref["exclude"])),
         revision=raw["revision"],
-        files=tuple(
-            RemoteFile(
-                path=file["path"],
-                size=file["size"],
-                origin=file["origin"],
-                digest=None if file["digest"] is None else Digest(**file["digest"]),
-                version=file["version"],
-            )
-            for file in raw["files"]
-        ),
+        files=tuple(map(_file, raw["files"])),
+        # Listings of an older agent know of none.
+        archive=None if raw.get("archive") is None else _file(raw["archive"]),
+    )
+
+
+def _file(raw: Mapping[str, Any]) -> RemoteFile:
+    return RemoteFile(
+        path=raw["path"],
+        size=raw["size"],
+        origin=raw["origin"],
+        digest=None if raw["digest"] is None else Digest(**raw["digest"]),
+        version=raw["version"],
     )
 
 
@@ -45,6 +50,14 @@ def worth_keeping(previous: Listing | None, listing: Listing) -> set[str]:
         for file in listing.files
         if file.digest is not None and not _changed(before.get(file.path), file)
     }
+
+
+def keeps_archive(previous: Listing | None, listing: Listing) -> bool:
+    """The same of the archive that the files come in."""
+    if listing.archive is None or previous == listing:
+        return listing.archive is not None
+    before = previous.archive if previous is not None else None
+    return listing.archive.digest is not None and not _changed(before, listing.archive)
 
 
 def _changed(before: RemoteFile | None, file: RemoteFile) -> bool:

@@ -76,7 +76,13 @@ _TOUCH_SECONDS = 300.0
 _LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
 # These reasons say that the pinned listing is not to be trusted any more.
-_LIST_AGAIN = frozenset({Reason.SOURCE_CHANGED, Reason.FILE_NOT_FOUND, Reason.SIZE_MISMATCH})
+_LIST_AGAIN = frozenset(
+    {
+        *(Reason.SOURCE_CHANGED, Reason.FILE_NOT_FOUND, Reason.SIZE_MISMATCH),
+        # Of an archive: a better one may be there by then.
+        *(Reason.BAD_ARCHIVE, Reason.UNSAFE_PATH, Reason.EMPTY_LISTING),
+    }
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -656,6 +662,8 @@ class Reconciler:
         if not done:
             self._spared[key] = self._clock() + _SPARED_SECONDS
             return
+        # Whoever asks for the next revision at this moment must not be given the listing of this.
+        self._known.ingests = await looking(self._store.ingests)
         _log.info("%s is now at %s", staged.ref.uri, staged.revision, extra={"key": key})
         await self._succeeded(key, staged)
 
@@ -738,7 +746,7 @@ class Reconciler:
             if end.cancelled:
                 await self._note_a_late_seal(key)
             elif end.error is None:
-                if end.sealed is None:
+                if end.listed:
                     self._known.listed[key] = end.want.refresh
                 await self._succeeded(key, end.sealed, staged=end.staged)
             else:

@@ -99,6 +99,7 @@ class Service:
             "bytes": entry.bytes,
             "files": entry.files,
             "fingerprint": entry.fingerprint,
+            "warning": entry.warning,
         }
 
     async def models(self) -> AsyncGenerator[Event, None]:

@@ -83,6 +83,7 @@ class ModelStatus:
     retry_at: str = ""
     last_used: str = ""
     foreign: str = ""
+    warning: str = ""
 
 
 def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
@@ -112,6 +113,7 @@ def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
             path=path,
             ready_at=rfc3339(entry.sealed_at),
             last_used=rfc3339(entry.last_used),
+            warning=entry.warning,
         )
     total, done = _progress(facts)
     retry_at = facts.attempt.retry_at if facts.attempt and phase is Phase.FAILED else None
@@ -217,6 +219,8 @@ def reason_of(facts: Facts, phase: Phase) -> tuple[str, str]:
         return "", "it is here, and takes the place of other files when no pod uses them"
     if phase is Phase.READY and facts.attempt is not None:
         return facts.attempt.reason.value, f"cannot be refreshed: {facts.attempt.message}"
+    if phase is Phase.READY and facts.entry is not None:
+        return "", facts.entry.warning
     if phase is Phase.FAILED and facts.attempt is not None:
         return facts.attempt.reason.value, _failure(facts.attempt)
     if phase is Phase.PENDING and facts.block is not None:

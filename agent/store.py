@@ -179,12 +179,24 @@ class Store:
 
     def _begun(self, listing: Listing) -> Ingest:
         there = [found for file in listing.files if (found := self._written(listing.key, file))]
+        done, total = sum(size for size, _ in there), listing.bytes
+        if listing.archive is not None and self.is_complete(listing):
+            total -= listing.archive.size  # nothing is to be unpacked any more
+        elif listing.archive is not None:
+            done += min(trees.size(self.archive(listing.key)), listing.archive.size)
         return Ingest(
             ref=listing.ref,
             revision=listing.revision,
-            total=listing.bytes,
-            done=sum(size for size, _ in there),
+            total=total,
+            done=done,
             shared=frozenset(linked for _, linked in there if linked is not None),
+        )
+
+    def is_complete(self, listing: Listing) -> bool:
+        """Whether all files of a listing are in the tree of its ingest, by their sizes."""
+        tree = self.tree(listing.key)
+        return bool(listing.files) and all(
+            trees.is_file(tree / file.path, file.size) for file in listing.files
         )
 
     def salvaged(self) -> list[CacheKey]:
@@ -229,6 +241,10 @@ class Store:
     def partial(self, key: CacheKey) -> Path:
         """Where the unproven files of an ingest are."""
         return self._ingest(key) / layout.PARTIAL
+
+    def archive(self, key: CacheKey) -> Path:
+        """Where the archive is that the files of an ingest come in."""
+        return self._ingest(key) / layout.ARCHIVE
 
     def _ingest(self, key: CacheKey) -> Path:
         return self.root / layout.ingest(key)
@@ -296,6 +312,8 @@ class Store:
         when something else is in the way.
         """
         layout.check_paths(file.path for file in listing.files)
+        if listing.archive is not None:  # its name becomes a line of the manifest
+            layout.check_paths([listing.archive.path])
         key = listing.key
         with disk_errors(f"begin {listing.ref.uri}"):
             self._mend_directories()
@@ -304,8 +322,13 @@ class Store:
             previous = self.listing(key)
             kept = pinned.worth_keeping(previous, listing)
             self._files.make_directory(self._ingest(key), layout.PRIVATE_MODE)
+            if not pinned.keeps_archive(previous, listing):
+                self._files.unlink(self.archive(key))
             for top in (self.tree(key), self.partial(key)):
-                self._keep_only(top, kept)
+                # Of an archive that nobody has looked into, any file of the tree may be one: a
+                # model that is being mended, and a pod that reads it, keep theirs until then.
+                if listing.files or top != self.tree(key):
+                    self._keep_only(top, kept)
                 self._files.make_directory(top, layout.DIRECTORY_MODE)
                 for directory in trees.parents(file.path for file in listing.files):
                     self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
@@ -407,6 +430,11 @@ class Store:
         """
         with disk_errors(f"discard {path}"):
             self._files.unlink(self.tree(key) / path)
+
+    def drop_archive(self, key: CacheKey) -> None:
+        """All of it is unpacked and proven: it is not needed any more."""
+        with disk_errors("remove an archive"):
+            self._files.unlink(self.archive(key))
 
     def seal(self, sealed: Manifest) -> None:
         """Publish a proven ingest (design D3). Every file in it is fsynced already.

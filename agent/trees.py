@@ -46,6 +46,15 @@ def is_file(path: Path, size: int) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
+def size(path: Path) -> int:
+    """Bytes of a regular file; 0 where there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
 def is_reached(root: Path, path: Path) -> bool:
     """Whether only real directories lead from the root to a path below it."""
     between = [parent for parent in path.parents if parent.is_relative_to(root)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agent.errors import AgentError, Reason
+from agent.formats import strictest
 from agent.kube.credentials import storage_patterns
 from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
 from agent.model import CacheKey, Want, cache_key
@@ -104,7 +105,9 @@ def of_node(
             notes = meta.annotations if meta else {}
             files = storage_patterns(entry.uri, containers)
             asked = want(entry.uri, entry.name, notes, group=entry.group, files=files)
-            asked = replace(asked, access=entry.access)
+            group = groups.get(entry.group)
+            policy = group.file_policy if group is not None else None
+            asked = replace(asked, access=entry.access, file_policy=policy)
         except AgentError as error:
             errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
             refused.add(cache_key(entry.uri))
@@ -175,6 +178,7 @@ def _joined(first: Want | None, second: Want) -> Want:
         retain_seconds=_longer(first.retain_seconds, second.retain_seconds),
         floor=max(first.floor, second.floor),
         groups=first.groups | second.groups,
+        file_policy=strictest((first.file_policy, second.file_policy)),
         refresh=" ".join(sorted({first.refresh, second.refresh} - {""})),
     )
 

@@ -1,7 +1,9 @@
 """Fixtures of the tests that run the real command: a hub, a machine, small models, small disks."""
 
+import json
 import logging
 import random
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,10 +17,21 @@ from tests.machine import Agent, Machine, machine
 
 REPO = "acme/tiny"
 URI = f"hf://{REPO}"
+
+
+def safetensors(seed: int, size: int) -> bytes:
+    """A file of this size that a server could load: one tensor of noise."""
+    room = 88  # for length and header, padded with spaces as the format allows
+    data = random.Random(seed).randbytes(size - room)
+    tensor = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+    header = json.dumps({"w": tensor}).encode().ljust(room - 8)
+    return struct.pack("<Q", len(header)) + header + data
+
+
 FILES: dict[str, bytes] = {
     "config.json": b'{"model_type": "tiny"}\n',
-    "model-1.safetensors": random.Random(1).randbytes(300_000),
-    "model-2.safetensors": random.Random(2).randbytes(200_000),
+    "model-1.safetensors": safetensors(1, 300_000),
+    "model-2.safetensors": safetensors(2, 200_000),
     "sub/notes.md": b"# notes\n",
 }
 

@@ -78,7 +78,10 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     prepare.set_defaults(verb=_prepare, output="table")
 
     pull = _verb(commands, "pull", "have a model here, now", verbs.pull)
-    pull.add_argument("uri", help="hf://owner/name[:revision][/path], file:///path or a plain path")
+    pull.add_argument(
+        "uri",
+        help="hf://owner/name[:revision][/path], s3://, gs://, https://, or a path",
+    )
     pull.add_argument("--include", action="append", default=[], metavar="GLOB", help=_INCLUDE)
     pull.add_argument("--exclude", action="append", default=[], metavar="GLOB", help=_EXCLUDE)
     pull.add_argument(
@@ -87,7 +90,7 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
         help="publish only exactly these bytes (as `localmodel show` tells)",
     )
     limits = ("high", "low", "limit", "min_age", "retain")
-    add_flags(pull, "connections", "max_rate", "stall_seconds", *limits)
+    add_flags(pull, "connections", "max_rate", "stall_seconds", "file_policy", *limits)
 
     _verb(commands, "ls", "the models here", verbs.ls)
 

@@ -34,7 +34,7 @@ _LISTED = (
 
 # Of no effect where a running agent does the work.
 _OF_THE_AGENT = (
-    *("connections", "max_rate", "stall_seconds"),
+    *("connections", "max_rate", "stall_seconds", "file_policy"),
     *("high", "low", "limit", "min_age", "retain"),
 )
 
@@ -75,6 +75,8 @@ def _pulled(event: Event, arguments: argparse.Namespace) -> int:
     how = f"{size(received)} in {seconds:.1f} s{rate}" if received else f"{seconds:.1f} s"
     if event["linked_bytes"]:
         how += f"; {size(event['linked_bytes'])} were here already"
+    if event["warning"]:
+        print(f"warning: {event['warning']}", file=sys.stderr)
     print(f"{event['result']}  {event['uri']}  ({how})")
     print(f"{event['files']} files, {size(event['bytes'])}, {event['fingerprint']}")
     print(event["path"])

@@ -11,7 +11,7 @@ from typing import Any
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.layout import is_one_line
-from agent.model import CacheKey, ModelRef, Want
+from agent.model import CacheKey, FilePolicy, ModelRef, Want
 from agent.quantities import parse_duration, parse_size
 
 GROUP = "serving.kserve.io"
@@ -79,11 +79,12 @@ class NodeObject:
 class Group:
     """A LocalModelNodeGroup. `path` is the directory of its volume on a node, "" for a volume that
     has none (NFS, CSI); `limit` what its models may take on each node, in bytes, None for a size
-    that nobody can read."""
+    that nobody can read; `file_policy` what its annotation says, None for none."""
 
     name: str
     path: str
     limit: int | None = None
+    file_policy: FilePolicy | None = None
 
 
 class PodRole(StrEnum):
@@ -251,11 +252,21 @@ def look_seconds(config: Mapping[str, Any] | None) -> float | None:
 def group(raw: Mapping[str, Any]) -> Group:
     volume = (raw.get("spec") or {}).get("persistentVolumeSpec") or {}
     source = volume.get("local") or volume.get("hostPath") or {}
+    metadata = _mapping(raw, "metadata")
     return Group(
-        name=_text(_mapping(raw, "metadata"), "name"),
+        name=_text(metadata, "name"),
         path=_text(source, "path"),
         limit=_size((raw.get("spec") or {}).get("storageLimit")),
+        file_policy=_file_policy(_annotations(metadata).get(f"{ANNOTATIONS}/file-policy")),
     )
+
+
+def _file_policy(text: Any) -> FilePolicy | None:
+    """Who writes it wants something to be done: a word that nobody knows is the strictest."""
+    if text is None:
+        return None
+    known = [policy for policy in FilePolicy if policy == text]
+    return known[0] if known else FilePolicy.REFUSE
 
 
 def pod(raw: Mapping[str, Any]) -> Pod:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from agent.errors import AgentError, Reason
 from agent.sources.base import OWN, Given, Source
+from agent.sources.gs import GoogleStorage
 from agent.sources.hf import HuggingFace
 from agent.sources.http import Web
 from agent.sources.local import LocalPath
@@ -22,14 +23,23 @@ SCHEMES: Mapping[str, Made] = {
     "http": lambda given: Web(given.environment, given.authorities),
     "https": lambda given: Web(given.environment, given.authorities),
     "s3": lambda given: S3.from_environment(given.environment, given.authorities),
+    "gs": lambda given: GoogleStorage.from_environment(given.environment, given.authorities),
 }
 
-_INSTEAD = {
+_COPY = "copy the model to a hub, an object store (s3://, gs://) or a web server"
+_BLOB = "name one file, or one archive of them, as https://ACCOUNT.blob.core.windows.net/...?SAS"
+_IMAGE = "let kubelet mount it as an image volume (KServe: oci+native://)"
+_GIT = "use hf:// for a hub's repository, or an archive of it by https://"
+
+INSTEAD: Mapping[str, str] = {
     "pvc": "a volume is not downloaded; mount it, or name the directory with file://",
-    "oci": "let kubelet mount it as an image volume",
-    "hdfs": "copy the model to a hub, an object store or a directory",
-    "git": "use hf:// for a hub's repository, or a directory with file://",
+    **dict.fromkeys(("oci", "oci+fetch", "oci+native"), _IMAGE),
+    **dict.fromkeys(("hdfs", "webhdfs"), _COPY),
+    **dict.fromkeys(("git", "git+https", "git+ssh", "ssh"), _GIT),
+    **dict.fromkeys(("abfs", "abfss", "wasb", "wasbs", "azure"), _BLOB),
+    "modelscope": "most of its models are on hf:// as well; or set HF_ENDPOINT to a mirror",
 }
+"""What to do where there is no source."""
 
 
 class Sources:
@@ -62,9 +72,9 @@ def scheme_of(uri: str, schemes: Collection[str] = SCHEMES) -> str:
         scheme = "file"
     if scheme not in schemes:
         known = ", ".join(f"{name}://" for name in sorted(schemes))
-        instead = _INSTEAD.get(scheme, f"these are supported: {known}, and plain paths")
+        instead = INSTEAD.get(scheme, f"these are supported: {known}, and plain paths")
         raise AgentError(Reason.UNSUPPORTED, f"there is no source for {scheme[:40]}://; {instead}")
     return scheme
 
 
-__all__ = ["OWN", "SCHEMES", "Given", "Source", "Sources", "scheme_of"]
+__all__ = ["INSTEAD", "OWN", "SCHEMES", "Given", "Source", "Sources", "scheme_of"]

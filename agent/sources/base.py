@@ -1,12 +1,12 @@
 """What a source is, and what all of them share: patterns, and the order of a listing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Protocol
 
 from agent.errors import AgentError, Reason
-from agent.layout import check_paths
+from agent.layout import archive_kind, check_paths
 from agent.model import Listing, Locator, ModelRef, RemoteFile
 
 
@@ -61,6 +61,26 @@ def pin(
         raise AgentError(Reason.EMPTY_LISTING, f"{ref.uri} at {revision}: {why}")
     check_paths(file.path for file in left)
     return Listing(ref=ref, revision=revision, files=left)
+
+
+def is_archive(files: Sequence[RemoteFile]) -> bool:
+    """Whether this is all there is, and it is to be unpacked, as KServe's initializer would: by its
+    name, and never one among others (kserve.md 5.3)."""
+    return len(files) == 1 and archive_kind(files[0].path) is not None
+
+
+def pack(ref: ModelRef, revision: str, archive: RemoteFile) -> Listing:
+    """The listing of what is in one archive: the patterns select among its files, which nobody
+    knows yet. Raises Unsupported, UnsafePath.
+    """
+    check_paths([archive.path])
+    if archive_kind(archive.path) == "refused":
+        raise AgentError(
+            Reason.UNSUPPORTED,
+            f"{archive.path} is compressed in a way that is not unpacked; pack it as .tar, .tar.gz"
+            " or .zip",
+        )
+    return Listing(ref=ref, revision=revision, files=(), archive=archive)
 
 
 def selected(path: str, ref: ModelRef) -> bool:

@@ -1,4 +1,5 @@
-"""`https://host/path/model.gguf` and `http://`: one file of any web server.
+"""`https://host/path/model.gguf` and `http://`: one file of any web server, or what is in it where
+it is an archive.
 
 Pinned by the server's ETag or by its time: what is fetched in pieces is fetched from one version. A
 server that says neither is refused, because an interrupted download could mix two versions without
@@ -22,13 +23,14 @@ import aiohttp
 from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteFile
-from agent.sources.base import pin
+from agent.sources.base import is_archive, pack, pin
 from agent.threads import looking
 
 _SECONDS = 30.0  # until the headers are there
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 _MOST_BYTES = 2**63
+_AZURE = re.compile(r"\.(blob|file)\.(core\.windows|storage\.azure)\.net$", re.IGNORECASE)
+_ONE_BLOB = "name one blob, or one archive of all, with a SAS where it is not public"
 
 
 class Web:
@@ -65,17 +67,14 @@ class Web:
         file = RemoteFile(
             path=name, size=int(size), origin=name, digest=_promised(found), version=version
         )
-        return pin(ref, revision, [file])
+        return pack(ref, revision, file) if is_archive([file]) else pin(ref, revision, [file])
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
-        version = file.version or ""
-        condition = "If-Match" if version.startswith('"') else "If-Unmodified-Since"
         headers = self._headers(listing.ref.uri)
-        return HttpLocator(
-            url=listing.ref.uri,
-            headers={**headers, condition: version},
-            verify=self._authorities or True,
-        )
+        if file.version is not None:  # a manifest knows of none; the digest must do
+            strong = file.version.startswith('"')
+            headers["If-Match" if strong else "If-Unmodified-Since"] = file.version
+        return HttpLocator(url=listing.ref.uri, headers=headers, verify=self._authorities or True)
 
     def _headers(self, uri: str) -> dict[str, str]:
         host = urlsplit(uri).hostname or ""
@@ -118,7 +117,8 @@ def _trust(authorities: str) -> ssl.SSLContext | bool:
 
 
 def _name(uri: str) -> str:
-    """The name of the file. Raises InvalidSpec, or Unsupported for what is no single file."""
+    """The name of the file. Raises InvalidSpec for what names none, and Unsupported for what KServe
+    would take for more than a file."""
     try:
         parts = urlsplit(uri)
         host = parts.hostname
@@ -129,14 +129,17 @@ def _name(uri: str) -> str:
             Reason.INVALID_SPEC,
             f"{_shown(uri)} must be https://host/path/file, without a user in it",
         )
+    if _AZURE.search(host) and (parts.path.endswith("/") or "/" not in parts.path.strip("/")):
+        raise AgentError(
+            Reason.UNSUPPORTED, f"{_shown(uri)} is a container, and none is listed; {_ONE_BLOB}"
+        )
     name = unquote(parts.path.rpartition("/")[2], errors="surrogateescape")
     if not name:
         raise AgentError(Reason.INVALID_SPEC, f"{_shown(uri)} names no file")
-    if name.lower().endswith(_ARCHIVES):
+    if name.endswith(".git"):
         raise AgentError(
             Reason.UNSUPPORTED,
-            f"{name} is an archive, and archives are not unpacked; host its files in a hub or an"
-            " object store",
+            f"{_shown(uri)} is a git repository; use hf:// for a hub's, or an archive of it",
         )
     return name
 
@@ -188,6 +191,8 @@ def _errors(uri: str) -> Iterator[None]:
 
 def _refused(uri: str, status: int, retry_after: str | None) -> AgentError:
     said = f"{_shown(uri)} answers {status}"
+    if _AZURE.search(urlsplit(uri).hostname or ""):
+        said += f"; a prefix of a container is not listed: {_ONE_BLOB}"
     if status in (408, 429) or status >= 500:
         reason = Reason.RATE_LIMITED if status == 429 else Reason.SERVER_ERROR
         seconds = retry_after_seconds(retry_after, now=time.time())
@@ -195,6 +200,7 @@ def _refused(uri: str, status: int, retry_after: str | None) -> AgentError:
     reasons = {
         401: Reason.UNAUTHORIZED,
         403: Reason.UNAUTHORIZED,
+        409: Reason.UNAUTHORIZED,  # PublicAccessNotPermitted, of Azure
         404: Reason.FILE_NOT_FOUND,
         410: Reason.FILE_NOT_FOUND,
     }

@@ -1,8 +1,8 @@
 """`file:///dir`, `file:///dir/file` and plain absolute paths: a model that is here already.
 
 Nothing promises a digest, so a file is pinned by size, time and inode: one that changes while it is
-read is not published. Symlinks to files are followed (a hub client's snapshot is made of them),
-symlinks to directories are not.
+read is not published. One archive alone is published as what is in it. Symlinks to files are
+followed (a hub client's snapshot is made of them), symlinks to directories are not.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from urllib.parse import unquote_to_bytes
 
 from agent.errors import AgentError, Reason
 from agent.files import source_errors, version_of
+from agent.layout import archive_kind
 from agent.model import Listing, Locator, ModelRef, PathLocator, RemoteFile
-from agent.sources.base import pin, selected
+from agent.sources.base import pack, pin, selected
 from agent.threads import looking
 
 
@@ -62,7 +63,14 @@ def _list(ref: ModelRef) -> Listing:
     root = _path(ref)
     with source_errors(f"list {root}"):
         try:
-            files = [_file(root, root.name)] if not root.is_dir() else list(_walk(root, ref))
+            names = [(root, root.name)] if not root.is_dir() else list(_walk(root))
+            # What is left out may be anything; of one archive, the patterns are for what is in it.
+            alone = len(names) == 1 and archive_kind(names[0][1]) is not None
+            files = [
+                _file(path, name)
+                for path, name in names
+                if alone or path == root or selected(name, ref)
+            ]
         except (FileNotFoundError, NotADirectoryError) as error:
             # Also a link that points nowhere, and a file that went while we looked.
             raise AgentError(
@@ -72,16 +80,14 @@ def _list(ref: ModelRef) -> Listing:
         f"{file.path}\0{file.version}\0" for file in sorted(files, key=lambda f: f.path)
     )
     revision = hashlib.sha256(pinned.encode(errors="surrogatepass")).hexdigest()[:40]
-    return pin(ref, revision, files)
+    return pack(ref, revision, files[0]) if alone else pin(ref, revision, files)
 
 
-def _walk(root: Path, ref: ModelRef) -> Iterator[RemoteFile]:
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
     for directory, _, names in os.walk(root, onerror=_raise):
         for name in names:
             path = Path(directory, name)
-            relative = str(path.relative_to(root))
-            if selected(relative, ref):  # what is left out may be anything
-                yield _file(path, relative)
+            yield path, str(path.relative_to(root))
 
 
 def _raise(error: OSError) -> None:

@@ -36,10 +36,12 @@ from agent.model import (
     RemoteFile,
 )
 from agent.sources.aws import CONNECTIONS, Settings, is_region, of_cache, of_process, s3_errors
-from agent.sources.base import pin, selected
+from agent.sources.base import is_archive, pack, pin, selected
 from agent.threads import looking
 
-_URI = re.compile(r"s3://(?P<bucket>[A-Za-z0-9._-]{3,63})(?:/(?P<below>.*))?", re.DOTALL)
+_URI = re.compile(
+    r"(?P<scheme>[a-z0-9]+)://(?P<bucket>[A-Za-z0-9._-]{3,63})(?:/(?P<below>.*))?", re.DOTALL
+)
 
 _LISTING_SECONDS = 300.0
 """100,000 objects are a hundred pages, and as many questions for their checksums, 16 at a time."""
@@ -54,6 +56,8 @@ _CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (
     ("ChecksumCRC32C", "crc32c"),
     ("ChecksumCRC32", "crc32"),
 )
+_GOOGLES = "x-goog-hash"
+_GOOGLES_CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (("md5", "md5"), ("crc32c", "crc32c"))
 _PLAIN = (None, "AES256")  # with a key of KMS, or of the customer, an ETag is no MD5
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
 
@@ -77,6 +81,9 @@ class _Address:
 
 class S3:
     """An object store, with the credentials and settings of one environment."""
+
+    scheme = "s3"
+    _asking: Mapping[str, str] = {"ChecksumMode": "ENABLED"}
 
     def __init__(
         self,
@@ -102,22 +109,32 @@ class S3:
     ) -> "S3":
         """With the variables of one cache, or (None) with those of this process. The same one for
         the same variables: it holds connections, and what it has learned of a bucket."""
-        given = of_process(os.environ) if environment is None else of_cache(environment)
-        return _kept(frozenset(given.items()), authorities)
+        given = cls._given(environment)
+        kept = frozenset(given.items())
+        return _kept(cls, kept, authorities)  # type: ignore[arg-type] # a class can be hashed
+
+    @classmethod
+    def _given(cls, environment: Mapping[str, str] | None) -> dict[str, str]:
+        return of_process(os.environ) if environment is None else of_cache(environment)
 
     def check(self, ref: ModelRef) -> None:
-        _parse(ref.uri)
+        _parse(ref.uri, self.scheme)
 
     def host(self, ref: ModelRef) -> str:
         return self._settings.where
 
     async def list(self, ref: ModelRef) -> Listing:
-        address = _parse(ref.uri)
+        address = _parse(ref.uri, self.scheme)
         try:
             async with asyncio.timeout(self._listing_seconds):
-                found = await looking(lambda: self._find(ref, address))
+                found, packed = await looking(lambda: self._find(ref, address))
+                revision = _revision(found)
+                if packed:
+                    pack(ref, revision, found[0])  # nor here is anything asked of an unsafe name
+                    (archive,) = await self._promised(address, found)
+                    return pack(ref, revision, archive)
                 # Nothing is asked of an unsafe name.
-                listing = pin(ref, _revision(found), found, chosen=_is_named(address, found))
+                listing = pin(ref, revision, found, chosen=_is_named(address, found))
                 return replace(listing, files=await self._promised(address, listing.files))
         except TimeoutError as error:
             raise AgentError(
@@ -125,7 +142,9 @@ class S3:
             ) from error
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
-        return await looking(lambda: self._locate(_parse(listing.ref.uri), listing, file))
+        return await looking(
+            lambda: self._locate(_parse(listing.ref.uri, self.scheme), listing, file)
+        )
 
     def _client(self, bucket: str) -> Any:
         """The client of the bucket's region: boto3 follows a listing there, but it signs links for
@@ -157,7 +176,7 @@ class S3:
             self._regions[bucket] = self._settings.region
 
     def _locate(self, address: _Address, listing: Listing, file: RemoteFile) -> Locator:
-        with s3_errors(f"s3://{address.bucket}", self._settings):
+        with s3_errors(f"{self.scheme}://{address.bucket}", self._settings):
             client = self._client(address.bucket)
             key = file.origin or self._origin(client, address, listing, file)
             url = client.generate_presigned_url(
@@ -178,7 +197,8 @@ class S3:
         from botocore.exceptions import ClientError
 
         name = (address.key or "").rpartition("/")[2]
-        if len(listing.files) == 1 and name == file.path:  # the object, or the one below it
+        alone = len(listing.files) == 1 or listing.archive is not None
+        if alone and name == file.path:  # the object, or the one below it
             with suppress(ClientError):
                 client.head_object(Bucket=address.bucket, Key=address.key)
                 return address.key or ""
@@ -186,16 +206,19 @@ class S3:
 
     # -- listing ---------------------------------------------------------------------------------
 
-    def _find(self, ref: ModelRef, address: _Address) -> Sequence[RemoteFile]:
-        """The selected files, sorted, with their versions and without their digests."""
+    def _find(self, ref: ModelRef, address: _Address) -> tuple[Sequence[RemoteFile], bool]:
+        """The selected files, sorted, with their versions and without their digests; or the one
+        archive there is, and True."""
         with s3_errors(ref.uri, self._settings):
             client = self._client(address.bucket)
             found = [_object(entry) for entry in self._entries(client, ref, address)]
             if sum(file.size for file in found) >= _SIZES:
                 raise ValueError("it lists more bytes than there can be")
-            single = _is_named(address, found)
-            chosen = [file for file in found if single or selected(file.path, ref)]
-        return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass"))
+        if is_archive(found):
+            return found, True
+        single = _is_named(address, found)
+        chosen = [file for file in found if single or selected(file.path, ref)]
+        return sorted(chosen, key=lambda file: file.path.encode(errors="surrogatepass")), False
 
     def _entries(
         self, client: Any, ref: ModelRef, address: _Address
@@ -260,10 +283,10 @@ class S3:
                 task.cancel()
 
     def _digest(self, address: _Address, file: RemoteFile) -> Digest | None:
-        what = f"s3://{address.bucket}/{file.origin}"
+        what = f"{self.scheme}://{address.bucket}/{file.origin}"
         with s3_errors(what if is_one_line(what) else ascii(what), self._settings):
             head = self._client(address.bucket).head_object(
-                Bucket=address.bucket, Key=file.origin, ChecksumMode="ENABLED"
+                Bucket=address.bucket, Key=file.origin, **self._asking
             )
             if (head["ETag"], head["ContentLength"]) != (file.version, file.size):
                 raise AgentError(Reason.SOURCE_CHANGED, f"{what[:200]!a} changed while listed")
@@ -271,14 +294,15 @@ class S3:
 
 
 @functools.lru_cache(maxsize=16)
-def _kept(given: frozenset[tuple[str, str]], authorities: str) -> S3:
-    return S3(dict(given), authorities)
+def _kept(made: type[S3], given: frozenset[tuple[str, str]], authorities: str) -> S3:
+    return made(dict(given), authorities)
 
 
-def _parse(uri: str) -> _Address:
+def _parse(uri: str, scheme: str) -> _Address:
     match = _URI.fullmatch(uri)
-    if match is None or not is_one_line(uri):
-        raise AgentError(Reason.INVALID_SPEC, f"{uri[:200]!a} must be s3://bucket[/prefix or key]")
+    if match is None or match["scheme"] != scheme or not is_one_line(uri):
+        form = f"{scheme}://bucket[/prefix or key]"
+        raise AgentError(Reason.INVALID_SPEC, f"{uri[:200]!a} must be {form}")
     # As KServe: no key begins with a slash.
     return _Address(match["bucket"], (match["below"] or "").lstrip("/"))
 
@@ -318,11 +342,27 @@ def _promise(head: Mapping[str, Any], bucket: str) -> Digest | None:
             if len(digits) != HEX_DIGITS[algorithm]:
                 raise ValueError(f"{value!a:.100} is no {algorithm}")
             return Digest(algorithm, digits)
+    if (said := _googles(head)) is not None:
+        return said
     md5 = _MD5.fullmatch(head["ETag"])
     theirs = "SSECustomerAlgorithm" in head or head.get("ServerSideEncryption") not in _PLAIN
     if md5 is None or theirs or bucket.endswith("--x-s3"):
         return None
     return Digest("md5", md5[1])
+
+
+def _googles(head: Mapping[str, Any]) -> Digest | None:
+    """What Google Cloud Storage says of any object: `crc32c=..,md5=..`, of a composed one the first
+    alone."""
+    headers = head.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    said = dict(part.strip().partition("=")[::2] for part in headers.get(_GOOGLES, "").split(","))
+    for name, algorithm in _GOOGLES_CHECKSUMS:
+        if name in said:
+            digits = b64decode(said[name], validate=True).hex()
+            if len(digits) != HEX_DIGITS[algorithm]:
+                raise ValueError(f"{said[name]!a:.100} is no {algorithm}")
+            return Digest(algorithm, digits)
+    return None
 
 
 def _status(error: Any) -> int:

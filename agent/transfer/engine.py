@@ -9,7 +9,7 @@ import contextlib
 import os
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,10 @@ from typing import TypeVar
 from agent import threads
 from agent.backoff import Dice, in_place_delay
 from agent.errors import AgentError, Reason
-from agent.model import Digest, HttpLocator, Locator
+from agent.layout import ArchiveKind
+from agent.model import Digest, HttpLocator, Locator, RemoteFile
+from agent.transfer import archives
+from agent.transfer.archives import Target
 from agent.transfer.connections import Cancellation, Cancelled, Connections
 from agent.transfer.exchange import Body, Exchange
 from agent.transfer.local import LocalBody
@@ -126,6 +129,47 @@ class Engine:
         async with self._slots:
             return await self._in_thread(work)
 
+    async def contents(self, path: Path, kind: ArchiveKind, *, most_bytes: int) -> list[RemoteFile]:
+        """What is in an archive, hashed; nothing is written. See `archives.contents`."""
+
+        def work(cancellation: Cancellation) -> list[RemoteFile]:
+            with self._buffer() as buffer:
+                return archives.contents(
+                    path,
+                    kind,
+                    most_bytes=most_bytes,
+                    buffer=buffer,
+                    cancellation=cancellation,
+                )
+
+        async with self._slots:
+            return await self._in_thread(work)
+
+    async def unpack(
+        self,
+        path: Path,
+        kind: ArchiveKind,
+        targets: Mapping[str, Sequence[Target]],
+        *,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """Write these files of an archive; fsynced and proven. See `archives.unpack`."""
+
+        def work(cancellation: Cancellation) -> None:
+            with self._buffer() as buffer:
+                archives.unpack(
+                    path,
+                    kind,
+                    targets,
+                    buffer=buffer,
+                    cancellation=cancellation,
+                    on_bytes=on_bytes,
+                )
+
+        async with self._slots:
+            # It gives files their names: the next job of the same model must not begin before.
+            await self._in_thread(work, patience=None)
+
     async def _persist(self, job: FileJob, sink: Sink, tally: "_Tally") -> str:
         """Try until the file is proven or the reason says that it is enough."""
         locator = await job.locate()
@@ -216,15 +260,17 @@ class Engine:
         finally:
             self._buffers.give(taken)
 
-    async def _in_thread(self, work: Callable[[Cancellation], _T]) -> _T:
-        """Run in a thread that a cancelled await interrupts and then waits for."""
+    async def _in_thread(
+        self, work: Callable[[Cancellation], _T], *, patience: float | None = _ABANDON_SECONDS
+    ) -> _T:
+        """Run in a thread that a cancelled await interrupts and then waits for, so many seconds."""
         cancellation = Cancellation()
         done = threads.begin(lambda: work(cancellation))
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
             cancellation.cancel()
-            await asyncio.wait({done}, timeout=_ABANDON_SECONDS)
+            await asyncio.wait({done}, timeout=patience)
             # Seen, now or whenever: Cancelled, or a failure that came too late to matter.
             done.add_done_callback(lambda settled: settled.exception())
             raise

@@ -76,9 +76,15 @@ class Node:
 
     # -- what KServe's controller would write ---------------------------------------------------
 
-    def make_group(self, path: str | None = None) -> None:
-        """The node group, its volumes at `path`: at our cache unless a test says so."""
-        self.plane.apply(group(self.group, path or str(self.machine.root)))
+    def make_group(self, path: str | None = None, **annotations: str) -> None:
+        """The node group, its volumes at `path`: at our cache unless a test says so. Annotations
+        are by their name behind our prefix, `_` for `-`."""
+        made = group(self.group, path or str(self.machine.root))
+        made["metadata"]["annotations"] = {
+            f"localmodel-agent.io/{name.replace('_', '-')}": value
+            for name, value in annotations.items()
+        }
+        self.plane.apply(made)
 
     def want(self, **models: str) -> None:
         """Make the LocalModelNode ask for exactly these: its name and URI."""

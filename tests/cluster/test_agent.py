@@ -149,6 +149,26 @@ def test_what_is_in_the_place_of_a_model_and_no_directory_is_pending_and_untouch
     assert theirs.read_text() == "theirs"
 
 
+def test_a_pickle_is_said_and_refused_where_its_group_says_so(node: Node, hub: Hub) -> None:
+    hub.add(OTHER, {"pytorch_model.bin": b"named so"})
+    node.want(other=OTHER_URI)
+    agent = node.start()
+    node.wait_words(agent, other=DOWNLOADED)
+    until(lambda: [e for e in node.events() if e["reason"] == "UnsafeFiles"])
+    node.wait_condition(agent, "Degraded", "False", "AsExpected")
+    until(lambda: "pytorch_model.bin" in node.status()["models"]["other"].get("message", ""))
+    node.make_group(file_policy="refuse")  # of what is published from now on
+    node.want()
+    until(lambda: not node.machine.model(OTHER_URI).exists(), agent.log_text)
+    sent = hub.bytes_sent()
+    node.want(other=OTHER_URI)
+    node.wait_words(agent, other=FAILED)
+    node.wait_condition(agent, "Degraded", "True", "UnsafeFiles")
+    assert hub.bytes_sent() == sent, "its name is enough"
+    node.make_group(file_policy="off")
+    node.wait_words(agent, other=DOWNLOADED)
+
+
 # -- the path -----------------------------------------------------------------------------------
 
 

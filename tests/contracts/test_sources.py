@@ -333,7 +333,7 @@ async def test_the_fake_can_be_spoilt(tmp_path: Path) -> None:
     [
         ("pvc://claim/x", Reason.UNSUPPORTED, "mount it"),
         ("oci://registry/x", Reason.UNSUPPORTED, "image volume"),
-        ("gopher://x", Reason.UNSUPPORTED, "file://, hf://"),
+        ("gopher://x", Reason.UNSUPPORTED, "file://, gs://, hf://"),
         ("owner/name", Reason.INVALID_SPEC, "neither"),
         ("", Reason.INVALID_SPEC, "neither"),
     ],

@@ -1,6 +1,7 @@
 """What a look at another agent's directory can say, and what it must not."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -84,16 +85,13 @@ def test_before_the_listing_nobody_can_tell() -> None:
     assert judged.obstacle == ""
 
 
-@pytest.mark.parametrize("name", ["m.tar", "m.tgz", "m.tar.gz", "m.zip"])
-def test_an_archive_that_was_unpacked_cannot_be_compared(name: str) -> None:
-    archive = listing({name: 1000})
-    judged = judge("/m", seen({"1/model.bin": 7}), archive, user=ME)
+def test_an_archive_is_compared_once_it_was_looked_into() -> None:
+    packed = replace(listing({}), archive=listing({"m.tar": 1000}).files[0])
+    judged = judge("/m", seen(SIZES), packed, user=ME)
     assert judged.lacking is None
-    assert f"unpacked of {name}" in judged.obstacle
-    for there in ({name: 1000}, {name: 500}, {}, {".cache/huggingface/x": 1}):
-        assert judge("/m", seen(there), archive, user=ME).obstacle == ""
-    two = listing({name: 1000, "README.md": 1})
-    assert judge("/m", seen({"1/model.bin": 7}), two, user=ME).obstacle == ""
+    assert not judged.whole
+    opened = replace(packed, files=listing(SIZES).files)
+    assert judge("/m", seen(SIZES), opened, user=ME).whole
 
 
 def test_only_root_takes_over_what_is_another_users() -> None:

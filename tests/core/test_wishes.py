@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from agent.errors import Reason
 from agent.kube import parse
 from agent.kube.parse import CacheMeta, Group, NodeObject
-from agent.model import CacheKey, ModelRef, cache_key
+from agent.model import CacheKey, FilePolicy, ModelRef, cache_key
 from agent.sources import scheme_of
 from agent.wishes import Desired, SpecError, join, of_node
 
@@ -194,6 +194,23 @@ def test_a_group_that_is_here_or_has_no_path_or_is_unknown_is_no_mismatch() -> N
         groups = {"gpu": Group(name="gpu", path=path)}
         assert desired(node(entry("a", nodeGroup="gpu")), groups=groups).names == {"a": KEY}
     assert desired(node(entry("a", nodeGroup="unknown"))).names == {"a": KEY}
+
+
+def test_the_file_policy_is_the_strictest_of_its_groups() -> None:
+    groups = {
+        "lax": Group(name="lax", path="", file_policy=FilePolicy.OFF),
+        "strict": Group(name="strict", path="", file_policy=FilePolicy.REFUSE),
+        "silent": Group(name="silent", path=""),
+    }
+
+    def policy(*names: str) -> FilePolicy | None:
+        entries = (entry(f"c-{name}", nodeGroup=name) for name in names)
+        (want,) = desired(node(*entries), groups=groups).wants.values()
+        return want.file_policy
+
+    assert policy("lax") is FilePolicy.OFF
+    assert policy("strict", "lax") is policy("lax", "strict") is FilePolicy.REFUSE
+    assert policy("silent") is policy("gone") is None  # what the agent says
 
 
 def test_two_caches_of_one_name_are_one_and_an_error() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import Reason
+from agent.sources import INSTEAD, SCHEMES
 from docs import generate
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,17 @@ def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_every_reason_is_documented() -> None:
     page = generate.reasons()
     assert all(f"`{reason}`" in page for reason in Reason)
+
+
+def test_every_scheme_is_documented_and_no_other() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text()
+    named = set(re.findall(r"`([a-z0-9+]+)://", page.partition("## Archives")[0]))
+    assert named == {*SCHEMES, *INSTEAD}
+    for scheme, advice in INSTEAD.items():
+        (row,) = [
+            line for line in page.splitlines() if line.startswith("|") and f"`{scheme}://" in line
+        ]
+        assert advice in row, scheme
 
 
 def pages() -> list[Path]:

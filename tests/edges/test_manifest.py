@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from agent import layout, manifest
+from agent import layout, manifest, pinned
 from agent.errors import AgentError, Reason
-from agent.manifest import Manifest, SealedFile
+from agent.manifest import Manifest, SealedArchive, SealedFile
 from agent.model import Digest, Listing, ModelRef, RemoteFile, cache_key
 
 CONTENTS = {
@@ -51,6 +51,11 @@ _PROMISES = st.one_of(
 )
 
 
+_ARCHIVES = st.builds(
+    SealedArchive, path=_LINES.filter(bool), size=st.integers(0, 2**50), sha256=_SHA256
+)
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     paths = draw(st.lists(_PATHS, min_size=1, max_size=5, unique=True))
@@ -75,6 +80,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
             )
             for path in sorted(paths, key=str.encode)
         ),
+        archive=draw(st.none() | _ARCHIVES),
+        warnings=tuple(draw(st.lists(_LINES, max_size=2))),
     )
 
 
@@ -99,11 +106,13 @@ def test_a_text_that_was_cut_off_is_refused(found: Manifest, data: st.DataObject
 
 @given(manifests())
 def test_a_text_without_one_of_its_lines_is_refused(found: Manifest) -> None:
-    """Except for a pattern: there is no telling that it was there."""
+    """Except for a pattern, a warning, or the archive: there is no telling that it was there."""
     lines = manifest.render(found).splitlines(keepends=True)
     patterns = len(found.ref.include) + len(found.ref.exclude)
     assume("".join(lines).count("\n") == len(lines))  # splitlines knows more line ends than \n
-    for number in (*range(3), *range(3 + patterns, len(lines))):
+    sealed = 3 + patterns
+    behind = sealed + 1 + len(found.warnings) + (found.archive is not None)
+    for number in (*range(3), sealed, *range(behind, len(lines))):
         with pytest.raises(AgentError):
             manifest.parse("".join(lines[:number] + lines[number + 1 :]))
 
@@ -217,6 +226,9 @@ def test_a_text_means_what_it_says() -> None:
         ("a.json", "z.json"),  # not sorted: another fingerprint for the same bytes
         ("\n# sealed", "\n\n# sealed"),
         ("hf://acme/tiny", "hf://acme/\x1b[2Jtiny"),
+        ("# sealed", f"# archive 3 sha256:{'0' * 63} a.tar\n# sealed"),
+        ("# sealed", f"# archive 3 md5:{'0' * 32} a.tar\n# sealed"),
+        ("# sealed", f"# archive 3 sha256:{'0' * 64} a.tar\n" * 2 + "# sealed"),
     ],
 )
 def test_a_text_that_is_not_whole_and_ours_is_refused(old: str, new: str) -> None:
@@ -225,6 +237,16 @@ def test_a_text_that_is_not_whole_and_ours_is_refused(old: str, new: str) -> Non
         manifest.parse(TEXT.replace(old, new))
     assert caught.value.reason in (Reason.INVALID_SPEC, Reason.UNSAFE_PATH)
     assert len(caught.value.message) < 600
+
+
+def test_a_mend_needs_the_archive_and_says_which() -> None:
+    line = f"# archive 3 sha256:{'0' * 64} a.tar\n# sealed"
+    listing = manifest.parse(TEXT.replace("# sealed", line)).listing()
+    assert listing.archive == RemoteFile(
+        path="a.tar", size=3, origin="", digest=Digest("sha256", "0" * 64)
+    )
+    assert [file.path for file in listing.files] == ["a.json", "b c"]
+    assert pinned.parse(pinned.render(listing)) == listing
 
 
 def test_a_comment_of_a_later_version_is_passed_over() -> None:
@@ -349,14 +371,12 @@ def test_the_entry_of_a_manifest() -> None:
 @given(manifests())
 def test_a_repair_is_held_to_the_bytes_that_were_sealed(found: Manifest) -> None:
     listing = found.listing()
-    assert (listing.ref, listing.revision, listing.bytes) == (
-        found.ref,
-        found.revision,
-        found.bytes,
-    )
+    room = found.bytes + (found.archive.size if found.archive else 0)
+    assert (listing.ref, listing.revision, listing.bytes) == (found.ref, found.revision, room)
     digests = {file.path: str(file.digest).removeprefix("sha256:") for file in listing.files}
     again = manifest.seal(listing, digests, sealed_at=found.sealed_at + 1)
     assert again.fingerprint == found.fingerprint
+    assert again.archive == found.archive
 
 
 # -- keys ----------------------------------------------------------------------------------------

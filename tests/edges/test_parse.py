@@ -21,7 +21,7 @@ from agent.kube import parse
 from agent.kube.client import Api, Json
 from agent.kube.parse import cache, fingerprint, patterns
 from agent.kube.watch import Watch
-from agent.model import CacheKey, ModelRef, Want, cache_key
+from agent.model import CacheKey, FilePolicy, ModelRef, Want, cache_key
 from agent.reconcile import Reconciler
 from agent.sources import scheme_of
 from agent.wishes import of_node
@@ -79,6 +79,24 @@ def test_the_limit_of_a_group_is_taken_where_it_can_be_read(limit: object, size:
     """KServe does not read it: what nobody could ever read must not stop a node."""
     raw = {"metadata": {"name": "g"}, "spec": {"storageLimit": limit}}
     assert parse.group(raw).limit == size
+
+
+@pytest.mark.parametrize(
+    ("said", "policy"),
+    [
+        (None, None),
+        ("off", FilePolicy.OFF),
+        ("warn", FilePolicy.WARN),
+        ("refuse", FilePolicy.REFUSE),
+        ("Warn", FilePolicy.REFUSE),
+        ("", FilePolicy.REFUSE),
+    ],
+)
+def test_a_file_policy_that_nobody_knows_is_the_strictest(
+    said: str | None, policy: FilePolicy | None
+) -> None:
+    notes = {} if said is None else {"localmodel-agent.io/file-policy": said}
+    assert parse.group({"metadata": {"name": "g", "annotations": notes}}).file_policy is policy
 
 
 def test_annotations_of_others_and_unknown_ones_of_ours_do_not_matter() -> None:

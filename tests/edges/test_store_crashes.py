@@ -9,7 +9,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
 
@@ -18,6 +18,7 @@ import pytest
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.files import Files
+from agent.model import Digest, RemoteFile
 from agent.store import Store
 from tests.edges.volume import (
     CONTENTS,
@@ -48,6 +49,11 @@ KEY, OTHER = key_of(), "hf://org/other"
 NEWER = {**CONTENTS, "weights/shard.bin": b"n" * 70, "more/new.bin": b"new"}
 KEPT = {path: data for path, data in CONTENTS.items() if path != "weights/shard.bin"}
 LISTING, NEW_LISTING = listing(), listing(NEWER, revision="r2")
+PACKED = replace(
+    LISTING,
+    files=(),
+    archive=RemoteFile(path="m.tar", size=9, origin="m.tar", digest=Digest("sha256", "0" * 64)),
+)
 
 
 @pytest.fixture
@@ -136,6 +142,14 @@ def unreadable_beside_an_ingest(root: Path) -> None:
 def salvaged(root: Path) -> None:
     unreadable(root)
     Store(root).recover()
+
+
+def looked_into(root: Path) -> None:
+    salvaged(root)
+    store = _ready(root)
+    store.begin(PACKED)
+    store.archive(KEY).write_bytes(bytes(9))
+    store.close()
 
 
 def trashed(root: Path) -> None:
@@ -261,6 +275,14 @@ CASES = {
     "begin again": Case(prepare=half_way, act=lambda s: s.begin(LISTING), keeps=KEPT),
     "begin a newer one": Case(prepare=half_way, act=lambda s: s.begin(NEW_LISTING), keeps=KEPT),
     "begin after a salvage": Case(prepare=salvaged, act=lambda s: s.begin(LISTING), keeps=ALL),
+    "begin an archive": Case(  # whose files may be those of the tree
+        prepare=salvaged, act=lambda s: s.begin(PACKED), keeps=ALL
+    ),
+    "begin what is in an archive": Case(
+        prepare=looked_into,
+        act=lambda s: s.begin(replace(LISTING, archive=PACKED.archive)),
+        keeps=ALL,
+    ),
     "begin after half a seal": Case(prepare=half_sealed, act=lambda s: s.begin(LISTING), keeps=ALL),
     "begin on an emptied one": Case(prepare=emptied, act=lambda s: s.begin(LISTING), offers=False),
     "begin beside the sealed": Case(

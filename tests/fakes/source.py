@@ -25,7 +25,7 @@ from typing import Literal
 from agent.errors import AgentError, Reason
 from agent.files import version_of
 from agent.model import Digest, Listing, Locator, ModelRef, PathLocator, RemoteFile
-from agent.sources.base import pin
+from agent.sources.base import is_archive, pack, pin
 
 Operation = Literal["list", "locate"]
 
@@ -123,7 +123,7 @@ class FakeSource:
         if ref.uri not in self._models:
             raise AgentError(Reason.REPOSITORY_NOT_FOUND, f"{ref.uri} was not added")
         revision, files = self._models[ref.uri]
-        return pin(ref, revision, files)
+        return pack(ref, revision, files[0]) if is_archive(files) else pin(ref, revision, files)
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         await self._behave("locate", file.path)

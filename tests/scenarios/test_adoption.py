@@ -1,7 +1,9 @@
 """What another agent left is served, proven and taken over: without a byte, and without a gap."""
 
 import asyncio
+import io
 import os
+import zipfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -280,19 +282,26 @@ async def test_without_a_promise_the_size_is_believed_and_the_manifest_says_so(
     assert located(volume) == []
 
 
-async def test_an_archive_that_was_unpacked_is_left_as_it_is(volume: Volume) -> None:
-    volume.source.add(URI, {"model.tar.gz": noise(50_000, 5)})
-    before = snapshot(leave(volume.store.root, {"1/model.bin": b"unpacked"}))
+async def test_what_was_unpacked_of_an_archive_is_taken_over(volume: Volume) -> None:
+    """The archive is fetched once, to know what is in it; the files that are there are linked."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    volume.source.add(URI, {"model.zip": made.getvalue()})
+    left = {path: path.stat().st_ino for path in leave(volume.store.root, FILES).rglob("*.bin")}
+    in_use(volume)
     async with volume.turning():
         volume.want(URI)
-        await volume.until(lambda: volume.reconciler.facts()[KEY].block)
-        await volume.turn()
-        status = model_status(volume.reconciler.facts()[KEY], path="")
-        assert status is not None
-        assert (status.reason, status.foreign) == ("ForeignDirectory", "unknown")
-        assert "what was unpacked of model.tar.gz" in status.message
-        assert snapshot(theirs(volume)) == before
-    assert located(volume) == []
+        await volume.until(lambda: KEY in volume.reconciler._known.staged)
+        assert {path: path.stat().st_ino for path in left} == left, "it is in use"
+        volume.users = lambda: frozenset()
+        await volume.later(60)
+        await volume.until(lambda: KEY in volume.reconciler.sealed())
+    assert files_of(theirs(volume)) == FILES
+    assert {path: path.stat().st_ino for path in left} == left, "the same files"
+    assert located(volume) == ["model.zip"]
+    check_offers(volume.store.root)
 
 
 async def test_a_file_written_after_its_proof_is_not_published(volume: Volume) -> None:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from aiohttp import web
 from agent.errors import AgentError, Reason
 from agent.model import Digest, HttpLocator, ModelRef
 from agent.sources.http import Web
+from agent.sources.http import _refused as _refusal_of
 from tests.contracts.source_contract import bring
 
 WEIGHTS = b"w" * 300_000
@@ -193,8 +194,50 @@ def test_what_is_no_file_of_a_host_is_refused(uri: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["m.tar.gz", "m.TGZ", "m.zip", "m.tar"])
-def test_archives_are_refused_with_what_to_do_instead(name: str) -> None:
+async def test_an_archive_is_to_be_unpacked(server: Server, name: str) -> None:
+    listing = await Web().list(_ref(server, f"/models/{name}?sig=sesame"))
+    assert listing.files == ()
+    assert listing.archive is not None
+    assert (listing.archive.path, listing.archive.version) == (name, '"one"')
+
+
+async def test_an_archive_that_is_not_unpacked_says_what_to_do(server: Server) -> None:
+    error = await _refused(_ref(server, "/m.tar.xz?sig=sesame"))
+    assert error.reason is Reason.UNSUPPORTED
+    assert "pack it as .tar" in error.message
+
+
+async def test_a_mend_asks_for_no_version_that_it_does_not_know(server: Server) -> None:
+    """The manifest has none; an empty condition would be refused by a strict server."""
+    listing = await Web().list(_ref(server))
+    bare = replace(listing.files[0], version=None, origin="")
+    locator = await Web().locate(listing, bare)
+    assert isinstance(locator, HttpLocator)
+    assert locator.headers == {}
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        ("https://host/org/model.git", "use hf:// for a hub's"),
+        ("https://acct.blob.core.windows.net/container", "name one blob"),
+        ("https://acct.blob.core.windows.net/container/prefix/", "name one blob"),
+        ("https://ACCT.z5.blob.storage.azure.net/container/", "name one blob"),
+        ("https://acct.file.core.windows.net/share", "name one blob"),
+    ],
+)
+def test_what_kserve_takes_for_more_than_a_file_says_what_to_do(uri: str, advice: str) -> None:
     with pytest.raises(AgentError) as caught:
-        Web().check(ModelRef(uri=f"https://host/{name}?x=y"))
+        Web().check(ModelRef(uri=uri))
     assert caught.value.reason is Reason.UNSUPPORTED
-    assert "host its files" in caught.value.message
+    assert advice in caught.value.message
+
+
+@pytest.mark.parametrize("status", [403, 404, 409])
+def test_a_prefix_of_a_container_is_said_to_be_none(status: int) -> None:
+    uri = "https://acct.blob.core.windows.net/container/prefix?sig=sesame"
+    Web().check(ModelRef(uri=uri))  # it may be a blob
+    error = _refusal_of(uri, status, None)
+    assert "a prefix of a container is not listed" in error.message
+    assert "sesame" not in error.message
+    assert "container" not in _refusal_of("https://host/file", status, None).message

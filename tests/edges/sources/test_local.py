@@ -183,3 +183,20 @@ async def test_what_may_not_be_read(closed: str) -> None:
         finally:
             os.seteuid(0)
         assert caught.value.reason is Reason.SOURCE_UNREADABLE
+
+
+async def test_an_archive_alone_is_to_be_unpacked(tmp_path: Path) -> None:
+    """As KServe does, by its path or as all that its directory holds."""
+    path = tmp_path / "one" / "m.tar.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"tar")
+    for uri in (str(path), str(path.parent)):
+        listing = await LocalPath().list(ModelRef(uri=uri, include=("*.bin",)))
+        assert listing.files == ()
+        assert listing.archive is not None
+        located = await LocalPath().locate(listing, listing.archive)
+        assert isinstance(located, PathLocator)
+        assert located.path == str(path)
+    (path.parent / "beside").write_bytes(b"")
+    listing = await LocalPath().list(ModelRef(uri=str(path.parent)))
+    assert [file.path for file in listing.files] == ["beside", "m.tar.gz"]

@@ -193,6 +193,41 @@ async def test_9_1_12_patterns_choose_below_a_prefix_and_not_of_one_object(
     assert await published("a.txt") == {"a.txt"}
 
 
+@pytest.mark.parametrize(
+    ("below", "archive"),
+    [
+        ("one/m.tar.gz", "m.tar.gz"),
+        ("one", "m.tar.gz"),  # alone below a prefix, as KServe counts
+        ("one/", "m.tar.gz"),
+        ("two", None),
+        ("two/m.zip", "m.zip"),
+    ],
+)
+async def test_an_archive_alone_is_to_be_unpacked(
+    store: Store, source: S3, tmp_path: Path, below: str, archive: str | None
+) -> None:
+    keys = {"one/m.tar.gz": b"tar", "one/": b"", "two/m.zip": b"zip", "two/x": b"x"}
+    store.put(BUCKET, keys)
+    ref = ModelRef(uri=f"s3://{BUCKET}/{below}", include=("m.*", "none"))
+    listing = await source.list(ref)
+    if archive is None:  # also where the patterns leave nothing else
+        assert listing.archive is None
+        assert [file.path for file in listing.files] == ["m.zip"]
+        return
+    assert listing.archive is not None
+    assert listing.files == ()
+    assert listing.archive.path == archive
+    assert listing.archive.digest is not None
+    found = replace(listing, files=(listing.archive,))
+    assert await bring(source, found, tmp_path) == {
+        archive: archive.rpartition(".")[2].encode() if archive == "m.zip" else b"tar"
+    }
+    mended = replace(listing.archive, origin="", version=None)
+    located = await source.locate(replace(listing, archive=mended), mended)
+    assert isinstance(located, HttpLocator)
+    assert f"{below.split('/')[0]}/{archive}?" in located.url
+
+
 async def test_a_whole_bucket(store: Store, source: S3) -> None:
     for uri in (f"s3://{BUCKET}", f"s3://{BUCKET}/"):
         assert _sizes(await _list(source, uri)) == {k: len(v) for k, v in FILES.items()}
