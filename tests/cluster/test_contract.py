@@ -34,14 +34,17 @@ class RealWorld(World):
         return await self._ask("GET", path)
 
     async def put(self, path: str, body: Mapping[str, Any]) -> Json:
-        found = await asyncio.to_thread(self.plane.request, "GET", path)
-        if found.status == 404:
-            return await self._ask("POST", path.rpartition("/")[0], body)
-        metadata = {
-            **body["metadata"],
-            "resourceVersion": found.ok()["metadata"]["resourceVersion"],
-        }
-        return await self._ask("PUT", path, {**body, "metadata": metadata})
+        while True:
+            found = await asyncio.to_thread(self.plane.request, "GET", path)
+            if found.status == 404:
+                return await self._ask("POST", path.rpartition("/")[0], body)
+            version = found.ok()["metadata"]["resourceVersion"]
+            metadata = {**body["metadata"], "resourceVersion": version}
+            put = {**body, "metadata": metadata}
+            answer = await asyncio.to_thread(self.plane.request, "PUT", path, put)
+            if answer.status != 409:  # whoever is tested may have written between the two
+                result: Json = answer.ok()
+                return result
 
     async def patch(self, path: str, body: Json) -> Json:
         return await self._ask("PATCH", path, body)
