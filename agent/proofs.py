@@ -24,6 +24,7 @@ from agent.model import Attempt, CacheKey, Want
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 4
+_LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
 Prove = Callable[[Want], Awaitable[None]]
 """Ask the source of a want, with the want's own credentials. Raises AgentError."""
@@ -97,7 +98,7 @@ class Proofs:
         self._guarded = guarded
         for name, tried in list(self._tries.items()):
             want = guarded.get(name)
-            if want is None or _credentials(want) != tried.credentials:
+            if want is None or want.key not in here or _credentials(want) != tried.credentials:
                 if tried.task is not None:
                     tried.task.cancel()
                 del self._tries[name]
@@ -109,7 +110,9 @@ class Proofs:
 
     def _begin(self, name: str, want: Want) -> None:
         tried = self._tries.setdefault(name, _Try(_credentials(want)))
-        waits = tried.failed is not None and tried.failed.retry_at > self._clock()
+        # A clock that was set back must not put it off for years.
+        left = tried.failed.retry_at - self._clock() if tried.failed else 0.0
+        waits = 0.0 < left <= _LONGEST_SECONDS or left == inf
         if tried.task is None and not waits:
             tried.task = asyncio.create_task(self._try(want), name=f"proof of {name}")
             tried.task.add_done_callback(self._ended)

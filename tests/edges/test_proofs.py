@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,24 @@ async def test_a_restart_and_an_outage_take_nothing_back(tmp_path: Path) -> None
 async def test_what_is_not_here_is_not_asked_for(world: World) -> None:
     assert await world.turn({"a/x": ONE}, frozenset()) == {"a/x": None}
     assert world.asked == []
+
+
+async def test_a_model_that_has_gone_wakes_nobody(world: World) -> None:
+    """A try that is due and cannot be made would turn the loop as fast as it goes."""
+    world.failures["one"] = REFUSED
+    await world.turn({"a/x": ONE})
+    world.now += 3600
+    assert await world.turn({"a/x": ONE}, frozenset()) == {"a/x": None}
+    assert world.proofs.next_at == inf
+    assert await world.turn({"a/x": ONE}) == {"a/x": Reason.UNAUTHORIZED}
+
+
+async def test_a_clock_that_was_set_back_puts_nothing_off_for_years(world: World) -> None:
+    world.failures["one"] = REFUSED
+    await world.turn({"a/x": ONE})
+    del world.failures["one"]
+    world.now -= 1e8
+    assert await world.turn({"a/x": ONE}) == {}
 
 
 async def test_credentials_that_change_during_a_try_are_tried_themselves(world: World) -> None:

@@ -7,7 +7,9 @@ import shutil
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -419,3 +421,37 @@ async def test_what_cannot_be_given_up_stops_nobody(tmp_path: Path) -> None:
         volume.want(OLD, NEW)
         await volume.reach(NEW, Phase.READY)
         assert volume.metrics.turns.labels(result="failed")._value.get() == 0
+
+
+# -- credentials that must show themselves (design D12) --------------------------------------------
+
+
+async def test_a_cache_that_comes_to_a_sealed_model_is_in_doubt_until_its_own_try(
+    volume: Volume,
+) -> None:
+    """And nobody else is; the loop comes back for the next try by itself."""
+    said: dict[str, str] = {}
+    volume.witness._status = SimpleNamespace(
+        write=lambda bodies: said.update({name: body["state"] for name, body in bodies.items()})
+    )
+    want = Want(ref=ModelRef(uri=OLD))
+    guarded = {"team-a/old": replace(want, access="its own")}
+    names = {"old": OLD_KEY, "team-a/old": OLD_KEY}
+    async with volume.turning():
+        volume.want(OLD)
+        await volume.reach(OLD, Phase.READY)
+        volume.source.fail("list", AgentError(Reason.UNAUTHORIZED, "no"))
+        desired = Desired(wants={OLD_KEY: want}, names=names, guarded=guarded)
+        volume.reconciler.desire(desired)
+        await volume.until(lambda: said.get("team-a/old") == "Failed")
+        assert said["old"] == "Ready"
+        volume.source.mend()
+        await volume.later(10)
+        assert said["team-a/old"] == "Failed", "before its time"
+        volume.now += 60
+        volume.reconciler.wake()
+        await volume.until(lambda: said["team-a/old"] == "Ready")
+        # Once shown it stays, whatever the source says later.
+        volume.source.fail("list", AgentError(Reason.UNAUTHORIZED, "no"))
+        await volume.later(7200)
+        assert said == {"old": "Ready", "team-a/old": "Ready"}
