@@ -255,6 +255,24 @@ async def test_a_restart_takes_its_word_before_any_listing(tmp_path: Path) -> No
     assert located(second) == []
 
 
+async def test_what_was_all_proven_is_not_taken_over_for_nobody(tmp_path: Path) -> None:
+    """What an earlier life left complete is sealed at the start, whoever asked: not over this."""
+    first = Volume(tmp_path)
+    first.source.add(URI, FILES)
+    in_use(first)
+    leave(first.store.root, LEFT)
+    async with first.turning():
+        first.want(URI)
+        await first.until(lambda: KEY in first.reconciler._known.staged)
+    second = Volume(tmp_path)
+    second.source = first.source
+    second.users = lambda: frozenset()
+    async with second.turning():
+        await second.turn(4)
+        assert second.phase(URI) in (None, Phase.PARTIAL)
+    assert files_of(theirs(second)) == LEFT
+
+
 async def test_empty_files_that_kserve_never_brings_are_no_difference(volume: Volume) -> None:
     volume.source.add(URI, {**FILES, "empty": b""})
     leave(volume.store.root, FILES)
@@ -382,6 +400,25 @@ async def test_a_pod_that_comes_while_it_is_made_ready_keeps_it(volume: Volume) 
         volume.users = lambda: frozenset()
         await volume.later(60)
         await volume.reach(URI, Phase.READY)
+
+
+async def test_a_pod_that_the_watch_has_not_heard_of_finds_not_even_a_mode_changed(
+    volume: Volume,
+) -> None:
+    before = snapshot(leave(volume.store.root, LEFT))
+    asked: list[None] = []
+
+    async def by_quorum() -> frozenset[CacheKey]:
+        asked.append(None)
+        return frozenset({KEY})
+
+    volume.reconciler._removal._in_use_now = by_quorum
+    async with volume.turning():
+        volume.want(URI)
+        await volume.until(lambda: asked)
+        await volume.turn()
+        assert snapshot(theirs(volume)) == before
+        assert len(asked) == 1, "nor is it asked again at once"
 
 
 async def test_one_that_vanishes_before_the_exchange_is_replaced_all_the_same(
