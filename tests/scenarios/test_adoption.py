@@ -204,7 +204,8 @@ async def test_a_wrong_byte_is_found_and_takes_the_word_back(volume: Volume) -> 
                 await volume.reach(URI, Phase.ADOPTING)
                 assert word(volume) == "ModelDownloaded"
             await volume.until(lambda: volume.phase(URI) is not Phase.ADOPTING)
-            assert word(volume) == "ModelDownloading"
+            assert word(volume) != "ModelDownloaded"
+            await volume.until(lambda: word(volume) == "ModelDownloading")
         await volume.until(lambda: KEY in volume.reconciler._known.staged)
         assert located(volume) == ["weights/a.bin"]
         assert word(volume) != "ModelDownloaded"
