@@ -17,7 +17,7 @@ files are not. `tests/contracts/test_hub.py` holds it to the real client.
 
 It runs in a thread with its own event loop, so synchronous tests, asynchronous tests and child
 processes can all talk to it. Each request is first *decided* (`_HubPages`, `_Cdn`: what would a
-healthy server answer?), then given its fault, if any, and only then sent (`_Delivery`).
+healthy server answer?), then given its fault, if any, and only then sent (`Delivery`).
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ import json
 import os
 import secrets
 import signal
-import socket
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from aiohttp import web
 
 from tests import leaks
+from tests.fakes.delivery import Answer, Delivery, Listener, Origin, Request, fault_for
 from tests.fakes.faults import (
-    Body,
     Bytes,
     Corrupt,
     Dribble,
@@ -64,9 +61,7 @@ from tests.fakes.faults import (
     Status,
     Truncate,
     WrongListing,
-    applies,
     matches,
-    spoil,
 )
 
 __all__ = [
@@ -88,46 +83,17 @@ __all__ = [
     "lfs_by_default",
 ]
 
-Origin: TypeAlias = Literal["hub", "cdn"]
-_Handler: TypeAlias = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
 _LOOPBACK = "127.0.0.1"
 _LFS_SUFFIXES = frozenset({".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".model"})
 _LFS_SIZE = 1 << 20
 
-# Sendfile in slices: long enough to cost nothing, short enough that `bytes_sent` is a live figure.
-# asyncio does not say how far a cancelled sendfile got, so a slice is also what may go uncounted.
-_SLICE = 8 << 20
-
 # Dates appear in answers only to fill the client's model; a fixed one keeps answers reproducible.
 _DATE = "2024-01-01T00:00:00.000Z"
-
-_EMPTY = Bytes(b"")
 
 
 def lfs_by_default(path: str, size: int) -> bool:
     """What the real hub's `.gitattributes` template amounts to."""
     return Path(path).suffix in _LFS_SUFFIXES or size > _LFS_SIZE
-
-
-@dataclass(slots=True)
-class Request:
-    """One request as the server saw it. Copies handed out by `Hub.requests` do not change."""
-
-    method: str
-    origin: Origin
-    path: str
-    """Path of the URL, still percent-encoded, without the query."""
-    range: str | None
-    authorization: str | None
-    file: str = ""
-    """The repo file it was about, `owner/name/path`, also on the CDN; empty for API calls."""
-    status: int = 0
-    """0 until there is an answer."""
-    bytes_sent: int = 0
-    """Bytes of body handed to the kernel, counted *before* they leave: a client that has read
-    them all will find them here. Lowered again for what a lost connection did not take; exact to
-    8 MiB for an answer cut off by `Hub.stop`, exact otherwise."""
 
 
 # --- what the hub holds -------------------------------------------------------------------------
@@ -253,19 +219,6 @@ class _Asked:
         return self.query.get(name, [""])[0].lower() in ("true", "1")
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What a healthy server would say."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: Body = _EMPTY
-    file: str = ""
-    """As in `Request.file`."""
-    serves_file: bool = False
-    """The body is that file, so ranges and file faults apply; not so for redirects and errors."""
-
-
 class _Refused(Exception):
     """An error the way the hub words it: a status, a code for machines, a message for people."""
 
@@ -277,7 +230,7 @@ class _Refused(Exception):
         if commit:
             headers["X-Repo-Commit"] = commit
         body = json.dumps({"error": message}).encode()
-        self.answer = _Answer(status, headers, Bytes(body))
+        self.answer = Answer(status, headers, Bytes(body))
 
 
 class _HubPages:
@@ -290,7 +243,7 @@ class _HubPages:
         self.endpoint = ""
         self.cdn_endpoint = ""
 
-    def answer(self, asked: _Asked) -> _Answer:
+    def answer(self, asked: _Asked) -> Answer:
         # Split before decoding: `refs%2Fpr%2F1` is one segment.
         segments = [unquote(segment) for segment in asked.path.split("/")[1:]]
         if segments[:2] == ["api", "models"]:
@@ -323,7 +276,7 @@ class _HubPages:
             raise _Refused(404, f"Invalid rev id: {_ascii(revision)}", code="RevisionNotFound")
         return commit
 
-    def _info(self, asked: _Asked, repo_id: str, revision: str) -> _Answer:
+    def _info(self, asked: _Asked, repo_id: str, revision: str) -> Answer:
         repo = self._repo(asked, repo_id)
         commit = self._commit(repo, revision)
         blobs = asked.flag("blobs")
@@ -350,7 +303,7 @@ class _HubPages:
             }
         )
 
-    def _tree(self, asked: _Asked, repo_id: str, revision: str, folder: str) -> _Answer:
+    def _tree(self, asked: _Asked, repo_id: str, revision: str, folder: str) -> Answer:
         repo = self._repo(asked, repo_id)
         commit = self._commit(repo, revision)
         recursive = asked.flag("recursive")
@@ -409,7 +362,7 @@ class _HubPages:
         lfs = {"lfs": {**entry["lfs"], "size": size}} if "lfs" in entry else {}
         return {**entry, "size": size, **lfs}
 
-    def _resolve(self, asked: _Asked, repo_id: str, revision: str, path: str) -> _Answer:
+    def _resolve(self, asked: _Asked, repo_id: str, revision: str, path: str) -> Answer:
         repo = self._repo(asked, repo_id)
         commit = self._commit(repo, revision)
         if repo.gated is not None and asked.token not in repo.gated:
@@ -421,12 +374,12 @@ class _HubPages:
         headers = {"X-Repo-Commit": commit.id, "Accept-Ranges": "bytes"}
         if blob.sha256 is None:
             headers["ETag"] = blob.etag
-            return _Answer(200, headers, blob.body, file, serves_file=True)
+            return Answer(200, headers, blob.body, file, serves_file=True)
         # The ETag of a redirect would be that of the redirect, hence the two headers of their own.
         headers["X-Linked-ETag"] = blob.etag
         headers["X-Linked-Size"] = str(blob.body.size)
         headers["Location"] = self._link(file, blob)
-        return _Answer(302, headers, file=file)
+        return Answer(302, headers, file=file)
 
     def _link(self, file: str, blob: _Blob) -> str:
         expires = int(time.time()) + self._link_seconds
@@ -442,7 +395,7 @@ class _Cdn:
     def __init__(self, state: _State) -> None:
         self._state = state
 
-    def answer(self, asked: _Asked) -> _Answer:
+    def answer(self, asked: _Asked) -> Answer:
         signature = asked.query.get("sig", [""])[0]
         expires = asked.query.get("expires", [""])[0]
         with self._state.lock:
@@ -454,9 +407,9 @@ class _Cdn:
             or link.expires < time.time()
         ):
             body = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
-            return _Answer(403, {"Content-Type": "application/xml"}, Bytes(body))
+            return Answer(403, {"Content-Type": "application/xml"}, Bytes(body))
         headers = {"Accept-Ranges": "bytes", "ETag": _cdn_etag(link.blob)}
-        return _Answer(200, headers, link.blob.body, link.file, serves_file=True)
+        return Answer(200, headers, link.blob.body, link.file, serves_file=True)
 
 
 def _cdn_etag(blob: _Blob) -> str:
@@ -491,9 +444,9 @@ def _ascii(text: str) -> str:
     return quote(text, safe="/ ")
 
 
-def _json(value: object, headers: Mapping[str, str] | None = None) -> _Answer:
+def _json(value: object, headers: Mapping[str, str] | None = None) -> Answer:
     content_type = {"Content-Type": "application/json; charset=utf-8"}
-    return _Answer(200, {**content_type, **(headers or {})}, Bytes(json.dumps(value).encode()))
+    return Answer(200, {**content_type, **(headers or {})}, Bytes(json.dumps(value).encode()))
 
 
 def _is_file(entry: Mapping[str, Any]) -> bool:
@@ -539,158 +492,6 @@ def _expansion(entry: Mapping[str, Any], commit: _Commit) -> dict[str, Any]:
         return {"lastCommit": last_commit}
     scan = {"status": "safe", "avScan": None, "pickleImportScan": None}
     return {"lastCommit": last_commit, "securityFileStatus": scan}
-
-
-# --- sending ------------------------------------------------------------------------------------
-
-
-def _requested(request: web.BaseRequest, answer: _Answer, size: int) -> range | None:
-    """The bytes asked for: None means all of them, an empty range that there are none such.
-
-    A header that is malformed, or asks for several ranges, is ignored, as RFC 9110 permits.
-    """
-    header = request.headers.get("Range", "")
-    if not answer.serves_file or request.method != "GET" or not header.startswith("bytes="):
-        return None
-    condition = request.headers.get("If-Range")
-    if condition is not None and condition != answer.headers["ETag"]:
-        return None
-    first, dash, last = header.removeprefix("bytes=").strip().partition("-")
-    if not dash or not (first + last).isdecimal():
-        return None
-    if not first:
-        return range(max(0, size - int(last)), size)
-    stop = min(size, int(last) + 1) if last else size
-    if last and int(last) < int(first):
-        return None
-    return range(int(first), stop)
-
-
-def _fails_precondition(request: web.BaseRequest, answer: _Answer) -> bool:
-    condition: str | None = request.headers.get("If-Match")
-    if condition is None or not answer.serves_file or condition.strip() == "*":
-        return False
-    accepted = {tag.strip() for tag in condition.split(",")}
-    return answer.headers["ETag"] not in accepted
-
-
-class _Delivery:
-    """Sends one answer over one connection, the way its fault wants it."""
-
-    def __init__(self, request: web.BaseRequest, record: Request) -> None:
-        self._request = request
-        self._record = record
-        self._loop = asyncio.get_running_loop()
-
-    async def send(self, answer: _Answer, fault: Fault | None) -> web.StreamResponse:
-        if isinstance(fault, Status):
-            answer = replace(
-                answer,
-                status=fault.code,
-                headers=fault.headers,
-                body=Bytes(fault.body),
-                serves_file=False,
-            )
-        elif _fails_precondition(self._request, answer):
-            answer = _Answer(412, answer.headers)
-        body = spoil(answer.body, fault)
-        wanted = _requested(self._request, answer, body.size)
-        if isinstance(fault, IgnoreRange):
-            wanted = None
-        status, headers, span = answer.status, dict(answer.headers), range(body.size)
-        if wanted is not None and not wanted:
-            status, span = 416, wanted
-            headers["Content-Range"] = f"bytes */{body.size}"
-        elif wanted is not None:
-            status, span = 200 if isinstance(fault, PartialAs200) else 206, wanted
-            headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{body.size}"
-        response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = len(span)
-        self._record.status = status
-        await response.prepare(self._request)
-        if self._request.method != "HEAD":
-            await self._deliver(response, body, span, fault)
-        with suppress(ConnectionError):  # Some faults have closed the connection by now.
-            await response.write_eof()
-        return response
-
-    async def _deliver(
-        self, response: web.StreamResponse, body: Body, span: range, fault: Fault | None
-    ) -> None:
-        match fault:
-            case Truncate(after):
-                await self._write(response, body, span[:after])
-                self._transport().close()
-            case Reset(after):
-                await self._write(response, body, span[:after])
-                await self._reset()
-            case Stall(after):
-                await self._write(response, body, span[:after])
-                await self._loop.create_future()  # Until cancelled: the client or the hub leaves.
-            case Dribble(rate):
-                await self._trickle(response, body, span, rate=rate, piece=1)
-            case Slow(rate):
-                piece = max(1, min(rate // 20, 1 << 20))
-                await self._trickle(response, body, span, rate=rate, piece=piece)
-            case _:
-                await self._write(response, body, span)
-
-    async def _write(self, response: web.StreamResponse, body: Body, span: range) -> None:
-        if span and isinstance(body, File):
-            await self._sendfile(body, span)
-            return
-        for offset in range(span.start, span.stop, _SLICE):
-            await self._write_piece(response, body, offset, min(_SLICE, span.stop - offset))
-
-    async def _write_piece(
-        self, response: web.StreamResponse, body: Body, offset: int, count: int
-    ) -> None:
-        data = body.read(offset, count)
-        self._record.bytes_sent += len(data)
-        await response.write(data)
-
-    async def _sendfile(self, body: File, span: range) -> None:
-        """Let the kernel do it: aiohttp's `FileResponse` would too, but insists on its own ETag."""
-        transport = self._transport()
-        with body.path.open("rb", buffering=0) as file:
-            for offset in range(span.start, span.stop, _SLICE):
-                count = min(_SLICE, span.stop - offset)
-                self._record.bytes_sent += count
-                file.seek(offset)
-                try:
-                    await self._loop.sendfile(transport, file, offset, count)
-                except BaseException:
-                    self._record.bytes_sent -= offset + count - file.tell()
-                    raise
-
-    async def _trickle(
-        self, response: web.StreamResponse, body: Body, span: range, *, rate: int, piece: int
-    ) -> None:
-        """Pieces against a schedule, so that late wake-ups do not add up to a slower line."""
-        began = self._loop.time()
-        for offset in range(span.start, span.stop, piece):
-            count = min(piece, span.stop - offset)
-            due = began + (offset - span.start + count) / rate
-            await asyncio.sleep(max(0.0, due - self._loop.time()))
-            await self._write_piece(response, body, offset, count)
-
-    async def _reset(self) -> None:
-        transport = self._transport()
-        # Anything still queued here would be dropped rather than sent before the reset.
-        transport.set_write_buffer_limits(0)
-        while transport.get_write_buffer_size() and not transport.is_closing():
-            await asyncio.sleep(0.001)
-        with suppress(OSError):
-            linger = struct.pack("ii", 1, 0)
-            sock = transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        transport.abort()
-
-    def _transport(self) -> asyncio.Transport:
-        transport = self._request.transport
-        if not isinstance(transport, asyncio.Transport):
-            raise ConnectionResetError("the client has left")
-        return transport
 
 
 # --- the hub ------------------------------------------------------------------------------------
@@ -897,7 +698,7 @@ class Hub:
         async def on_cdn(request: web.BaseRequest) -> web.StreamResponse:
             return await self._handle(request, "cdn", self._cdn.answer)
 
-        listeners = [_Listener(on_hub, self._tls), _Listener(on_cdn, self._tls)]
+        listeners = [Listener(on_hub, self._tls), Listener(on_cdn, self._tls)]
         stop = asyncio.Event()
         try:
             try:
@@ -919,7 +720,7 @@ class Hub:
                 await listener.close()
 
     async def _handle(
-        self, request: web.BaseRequest, origin: Origin, decide: Callable[[_Asked], _Answer]
+        self, request: web.BaseRequest, origin: Origin, decide: Callable[[_Asked], Answer]
     ) -> web.StreamResponse:
         path, _, query = request.raw_path.partition("?")
         authorization = request.headers.get("Authorization")
@@ -934,60 +735,8 @@ class Hub:
         except _Refused as refused:
             answer = refused.answer
         record.file = answer.file
-        fault = self._fault_for(request, answer, path)
-        return await _Delivery(request, record).send(answer, fault)
-
-    def _fault_for(self, request: web.BaseRequest, answer: _Answer, path: str) -> Fault | None:
-        wanted = _requested(request, answer, answer.body.size)
-        span = range(answer.body.size) if wanted is None else wanted
-        return self._state.faults.take(
-            url_path=path,
-            file=answer.file if answer.serves_file and request.method == "GET" else "",
-            fits=lambda fault: applies(fault, span=span, ranged=wanted is not None),
-        )
-
-
-class _Listener:
-    """One port. Closing drops its connections: a client that does not read must not hold it."""
-
-    def __init__(self, handler: _Handler, tls: ssl.SSLContext | None) -> None:
-        self._tls = tls
-        # Handlers die with their connection, so a stalled answer does not outlive its client.
-        self._server = web.Server(self._handle, handler_cancellation=True, access_log=None)
-        self._handler = handler
-        self._answering: set[asyncio.Task[Any]] = set()
-        self._listening: asyncio.Server | None = None
-
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._answering.add(request.task)
-        try:
-            return await self._handler(request)
-        finally:
-            self._answering.discard(request.task)
-
-    async def listen(self, host: str, port: int) -> int:
-        loop = asyncio.get_running_loop()
-        self._listening = await loop.create_server(
-            self._server, host, port, backlog=1024, reuse_address=True, ssl=self._tls
-        )
-        bound: int = self._listening.sockets[0].getsockname()[1]
-        return bound
-
-    async def close(self) -> None:
-        if self._listening is None:
-            return
-        self._listening.close()
-        # First the handlers, then their transports: one that loses its transport in the middle of
-        # a sendfile trips over CPython's own bookkeeping (`InvalidStateError` in the log).
-        answering = tuple(self._answering)
-        for task in answering:
-            task.cancel()
-        await asyncio.gather(*answering, return_exceptions=True)
-        for connection in self._server.connections:
-            if connection.transport is not None:
-                connection.transport.abort()
-        await self._server.shutdown(timeout=1.0)
-        await self._listening.wait_closed()
+        fault = fault_for(self._state.faults, request, answer, path)
+        return await Delivery(request, record).send(answer, fault)
 
 
 def _size(source: bytes | Path) -> int:
