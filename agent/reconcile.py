@@ -632,7 +632,7 @@ class Reconciler:
                 stage = Stage.VERIFYING if ingest.done else Stage.FETCHING
                 staged = key in self._known.sealed or key in self._known.foreign
                 tally = Tally(wants[key], stage=stage, total=ingest.total, staged=staged)
-                self._run_job(tally, self._fetcher.fetch(tally))
+                self._run_job(tally, self._fetch(tally))
             case Cancel(key):
                 await self._cancel(key)
             case Withdraw(key):
@@ -644,6 +644,10 @@ class Reconciler:
             case Abandon(key, size):
                 await self._abandon(key, size)
         return True
+
+    async def _fetch(self, tally: Tally) -> Manifest | None:
+        await self._removal.given_back()
+        return await self._fetcher.fetch(tally)
 
     async def _abandon(self, key: CacheKey, size: int) -> None:
         await self._removal.abandon(key, size)

@@ -37,6 +37,8 @@ class Removal:
         """Off offer, and not yet decided."""
         self.reclaiming = 0
         """Bytes that were retired and are not unlinked yet."""
+        self._given_back = asyncio.Event()
+        self._given_back.set()
 
     async def retire(
         self, key: CacheKey, size: int, *, still: Callable[[], Awaitable[bool]]
@@ -59,8 +61,7 @@ class Removal:
             await changing(lambda: self._store.finish_retire(key))
         finally:
             self.retiring.discard(key)
-        self.reclaiming += size
-        self.sweep_soon()
+        self._reclaim(size)
         return True
 
     async def is_unused(self, key: CacheKey) -> bool:
@@ -71,8 +72,18 @@ class Removal:
     async def abandon(self, key: CacheKey, size: int) -> None:
         """Give up what was begun and is not sealed: so many bytes."""
         await changing(lambda: self._store.abandon(key))
+        self._reclaim(size)
+
+    def _reclaim(self, size: int) -> None:
         self.reclaiming += size
+        if size:
+            self._given_back.clear()
         self.sweep_soon()
+
+    async def given_back(self) -> None:
+        """Return when nothing is left to be unlinked, or it cannot be. A plan counts those bytes as
+        room: who writes before that would fill the disk above its mark, by as much."""
+        await self._given_back.wait()
 
     def sweep_soon(self) -> None:
         self._trash.set()
@@ -87,9 +98,14 @@ class Removal:
                 await looking(self._store.sweep)  # may be cut off anywhere
             except AgentError as error:
                 _log.warning("%s", error.message)
-                self.reclaiming -= promised  # what cannot be unlinked does not come back
+                self._unlinked(promised)  # what cannot be unlinked does not come back
                 await asyncio.sleep(_AGAIN_SECONDS)
                 self._trash.set()
                 continue
-            self.reclaiming -= promised
+            self._unlinked(promised)
             self._swept()
+
+    def _unlinked(self, size: int) -> None:
+        self.reclaiming -= size
+        if self.reclaiming == 0:
+            self._given_back.set()

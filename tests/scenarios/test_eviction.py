@@ -1,8 +1,10 @@
 """A volume over months: what is kept, for whom, for how long, and what is asked for again."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -39,6 +41,48 @@ def _revision(volume: Volume) -> str | None:
     """Between the old revision and the new there is none."""
     found = volume.reconciler.sealed().get(OLD_KEY)
     return found.revision if found is not None else None
+
+
+# -- making room ----------------------------------------------------------------------------------
+
+
+async def test_what_comes_waits_for_the_bytes_of_what_goes(volume: Volume) -> None:
+    """Else the disk would be above its mark by as much as is not unlinked yet."""
+    volume.capacity = 900_000
+    unlink, sweep = threading.Event(), volume.store.sweep
+
+    def slow() -> None:
+        assert unlink.wait(30)
+        sweep()
+
+    async with volume.turning():
+        volume.want(OLD)
+        await volume.reach(OLD, Phase.READY)
+        with patch.object(volume.store, "sweep", slow):
+            volume.want(NEW)
+            await volume.until(lambda: not volume.store.model(OLD_KEY).exists())
+            await volume.until(lambda: volume.reconciler.running(NEW_KEY))
+            await volume.turn(5)
+            assert ("locate", "weights.bin") not in volume.source.calls[-2:]
+            unlink.set()
+            await volume.reach(NEW, Phase.READY)
+
+
+async def test_what_cannot_be_unlinked_keeps_nobody_waiting(volume: Volume) -> None:
+    volume.capacity = 1_300_000
+
+    def refuse() -> None:
+        raise AgentError(Reason.DISK_ERROR, "told")
+
+    async with volume.turning():
+        volume.want(OLD)
+        await volume.reach(OLD, Phase.READY)
+        volume.want()
+        await volume.turn()
+        with patch.object(volume.store, "sweep", refuse):
+            await volume.reconciler.evict(OLD_KEY)
+            volume.want(NEW)
+            await volume.reach(NEW, Phase.READY)
 
 
 # -- leaving --------------------------------------------------------------------------------------
