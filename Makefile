@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 K8S_VERSION ?= v1.36.3
+JOBS ?= 2
 DOCKER ?= docker
 BASE ?= python:3.12-slim
 IMAGE ?= localmodel-agent:dev
@@ -16,7 +17,7 @@ demo: $(READY)
 
 test: $(READY)
 	@if command -v go >/dev/null; then tests/controlplane/build.sh $(K8S_VERSION) >/dev/null; fi
-	@K8S_VERSION=$(K8S_VERSION) $(BIN)/python -m pytest
+	@K8S_VERSION=$(K8S_VERSION) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 # Format, lint, types, import contracts, generated documents; then how long our files are.
 check: $(READY)
