@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import layout, wrapper
+from agent import layout
+from agent.hook import wrapper
+from agent.hook.wrapper import Pair, command
 from agent.model import cache_key
-from agent.wrapper import Pair, command
 from tests.machine import until
 from tests.node.packages import need_host, unpacked
 
