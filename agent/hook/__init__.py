@@ -1,0 +1,6 @@
+"""The admission hook: pods read their models from the node's cache (design D8).
+
+scheduling   which nodes a pod, or a node group, allows
+wrapper      the page of sh that a wrapped storage initializer runs
+admission    pod + caches + groups + claims -> Mutation | Skip
+"""

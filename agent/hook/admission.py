@@ -1,0 +1,451 @@
+"""What the hook does with a pod: a patch, or a reason for leaving it exactly as it is. Pure (D8).
+
+Three shapes are helped. KServe's *initializer* is in the pod: it is wrapped (`hook.wrapper`), and
+the claim of the node group is mounted, read-only, beside each destination. KServe has *rewritten*
+the pod already, onto a claim of its own: that claim becomes read-only, so that kubelet makes no
+empty directory in the cache and changes no owner in it. The pod *names* a model by our annotation:
+it is mounted where the annotation says.
+
+Admission comes before scheduling. So nothing is done that could keep a pod from a node on which it
+could run: a claim of a group is mounted only if that claim is bound, the agents of all the group's
+nodes live, and the pod can run on no other nodes or names the group itself.
+"""
+
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from agent.hook.patch import append, escaped, put
+from agent.hook.scheduling import allows
+from agent.hook.world import Cache, World
+from agent.hook.wrapper import Pair, command
+from agent.kube.parse import ANNOTATIONS as PREFIX
+from agent.layout import MODELS
+from agent.model import CacheKey, cache_key
+from agent.quantities import parse_duration
+
+Json = Mapping[str, Any]
+
+VOLUME = "localmodel-cache"
+MOUNT = "/mnt/localmodel"
+"""Where the whole claim is in a wrapped pod: the same path in all containers, for the links."""
+
+INITIALIZER = "storage-initializer"
+KSERVE_VOLUME = "kserve-pvc-source"
+KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
+_KSERVE = "internal.serving.kserve.io"
+_NODE_GROUP = "serving.kserve.io/nodegroup"
+_WAIT_SECONDS = 30 * 60
+_MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
+_PATTERNS = ("STORAGE_ALLOW_PATTERNS", "STORAGE_IGNORE_PATTERNS")
+
+
+class Why(StrEnum):
+    """Why a pod is left as it is. The values are public: in the audit annotation and a metric."""
+
+    NOT_OURS = "NotOurs"
+    DISABLED = "Disabled"
+    WRITES = "Writes"
+    DONE = "Done"
+    NO_CACHE = "NoCache"
+    NO_CLAIM = "NoClaim"
+    NO_AGENT = "NoAgent"
+    OTHER_NODES = "OtherNodes"
+    UNKNOWN_IMAGE = "UnknownImage"
+    PATTERNS = "Patterns"
+    CONFIDENTIAL = "Confidential"
+    ODD = "Odd"
+
+
+EXPLAINED: Mapping[Why, str] = {
+    Why.NOT_OURS: "it neither downloads a model nor names one",
+    Why.DISABLED: "an annotation opts it out",
+    Why.WRITES: 'it is to write to its model (storage.kserve.io/readonly: "false")',
+    Why.DONE: "it was helped before (the hook is called again when others change a pod)",
+    Why.NO_CACHE: "no cache has its model",
+    Why.NO_CLAIM: "the claim of the node group is not bound in its namespace",
+    Why.NO_AGENT: "a node of the group has no living agent",
+    Why.OTHER_NODES: "it could run on nodes outside of the group, and does not name the group",
+    Why.UNKNOWN_IMAGE: "the entrypoint of its initializer's image is not known to the hook",
+    Why.PATTERNS: "it downloads other files of the model than the cache holds",
+    Why.CONFIDENTIAL: "its model is decrypted by the initializer",
+    Why.ODD: "its shape is not one that the hook knows",
+}
+
+QUIET = frozenset({Why.NOT_OURS, Why.DISABLED, Why.DONE, Why.NO_CACHE, Why.WRITES})
+"""Not worth a warning: nobody expected anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutation:
+    """A JSON Patch, and in one line what it does."""
+
+    patch: tuple[Json, ...]
+    note: str
+    keys: tuple[CacheKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """The pod stays as it is."""
+
+    why: Why
+    detail: str = ""
+
+    @property
+    def message(self) -> str:
+        return f"{EXPLAINED[self.why]}{f': {self.detail}' if self.detail else ''}"
+
+
+def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
+    """`pod` as the API server sends it, `namespace` of the request: a pod of a Deployment has none
+    of its own yet. The same answer for the same arguments; of its own result, Skip(DONE)."""
+    metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
+    labels, notes = metadata.get("labels") or {}, metadata.get("annotations") or {}
+    asked = _Asked(pod, spec, labels, notes, namespace, world)
+    try:
+        return asked.answer()
+    except _Left as left:
+        return left.skip
+
+
+class _Left(Exception):
+    """A reason to leave the pod, found anywhere on the way to its patch."""
+
+    def __init__(self, why: Why, detail: str = "") -> None:
+        super().__init__(why)
+        self.skip = Skip(why=why, detail=detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One pod and all that is known."""
+
+    pod: Json
+    spec: Json
+    labels: Json
+    notes: Json
+    namespace: str
+    world: World
+
+    def answer(self) -> Mutation:
+        initializer = self._initializer()
+        named = _named(self.notes)
+        rewritten = self._rewritten()
+        if initializer is None and not named and rewritten is None:
+            raise _Left(Why.NOT_OURS)
+        self._check_opt_outs()
+        if any(_name(volume) == VOLUME for volume in self._volumes()):
+            raise _Left(Why.DONE)
+        if initializer is not None:
+            return self._wrapped(*initializer)
+        if rewritten is not None:
+            return self._kept_from_writing(rewritten)
+        return self._mounted(named)
+
+    def _check_opt_outs(self) -> None:
+        if "serving.kserve.io/disable-localmodel" in self.notes:
+            raise _Left(Why.DISABLED)
+        if self.notes.get(f"{PREFIX}/disable") == "true":
+            raise _Left(Why.DISABLED)
+        if self.notes.get("storage.kserve.io/readonly") == "false":
+            raise _Left(Why.WRITES)
+
+    def _volumes(self) -> Sequence[Json]:
+        return self.spec.get("volumes") or ()
+
+    # -- KServe's initializer is in the pod -------------------------------------------------------
+
+    def _initializer(self) -> tuple[int, Json] | None:
+        for index, container in enumerate(self.spec.get("initContainers") or ()):
+            if _name(container) == INITIALIZER:
+                return index, container
+        return None
+
+    def _wrapped(self, index: int, initializer: Json) -> Mutation:
+        pairs = _pairs(initializer.get("args") or ())
+        variables = {_name(v): str(v.get("value") or "") for v in initializer.get("env") or ()}
+        found = {uri: cache for uri, _ in pairs if (cache := self._cache(uri)) is not None}
+        if not found:
+            raise _Left(Why.NO_CACHE)
+        if variables.get("CONFIDENTIAL_ENABLED", "").lower() == "true":
+            raise _Left(Why.CONFIDENTIAL)
+        self._check_patterns(variables, found.values())
+        entrypoint = self._entrypoint(initializer)
+        group = self._group(list(found.values()))
+        taken = {uri: cache for uri, cache in found.items() if group in cache.groups}
+        volumes = {
+            _name(mount)
+            for mount in initializer.get("volumeMounts") or ()
+            for uri, destination in pairs
+            if uri in taken and _is_below(destination, str(mount.get("mountPath")))
+        }
+        wrapped = command(
+            [
+                Pair(uri=uri, key=cache.key, cached=cache.uri, rest=cache.rest(uri) or "")
+                for uri, cache in taken.items()
+            ],
+            root=MOUNT,
+            limit_seconds=_wait_seconds(self.notes.get(f"{PREFIX}/wait")),
+            entrypoint=entrypoint,
+        )
+        patch = [
+            *self._with_volume(group),
+            put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
+        ]
+        for path, container in _containers(self.spec):
+            if _name(container) == INITIALIZER or volumes & set(map(_name, _mounts(container))):
+                patch += _with_mount(path, container, {"name": VOLUME, "mountPath": MOUNT})
+        keys = tuple(sorted({cache.key for cache in taken.values()}))
+        patch += self._preferring(keys, group)
+        return self._mutation(patch, keys, f"wrapped: {_list(taken)} from the cache of {group}")
+
+    def _entrypoint(self, initializer: Json) -> Sequence[str]:
+        if initializer.get("command"):
+            return [str(word) for word in initializer["command"]]
+        image = str(initializer.get("image") or "")
+        name = image.partition("@")[0].rpartition("/")[2].partition(":")[0]
+        if name not in self.world.entrypoints:
+            raise _Left(Why.UNKNOWN_IMAGE, image)
+        return self.world.entrypoints[name]
+
+    def _check_patterns(self, variables: Mapping[str, str], caches: Iterable[Cache]) -> None:
+        """Of a container that chooses files nobody can say here whether they are the same."""
+        chooses = [name for name in _PATTERNS if variables.get(name)]
+        if chooses or any(cache.include or cache.exclude for cache in caches):
+            raise _Left(Why.PATTERNS, ", ".join(chooses))
+
+    # -- KServe has rewritten the pod -------------------------------------------------------------
+
+    def _rewritten(self) -> int | None:
+        """The index of its volume, which it shares a name with: download Jobs and plain `pvc://`."""
+        claim = self.notes.get(f"{_KSERVE}/localmodel-pvc-name")
+        if not claim or KSERVE_LABEL not in self.labels:
+            return None
+        if self.namespace == self.world.job_namespace:
+            return None
+        for index, volume in enumerate(self._volumes()):
+            if _name(volume) == KSERVE_VOLUME and _claim(volume).get("claimName") == claim:
+                return index
+        return None
+
+    def _kept_from_writing(self, index: int) -> Mutation:
+        uri = str(self.notes.get(f"{_KSERVE}/localmodel-sourceuri") or "")
+        patch: list[Json] = []
+        if _claim(self._volumes()[index]).get("readOnly") is not True:
+            path = f"/spec/volumes/{index}/persistentVolumeClaim/readOnly"
+            patch.append({"op": "add", "path": path, "value": True})
+        patch += self._mended(uri)
+        if not patch:
+            raise _Left(Why.DONE)
+        return self._mutation(patch, (cache_key(uri),), f"read-only: {uri} on KServe's claim")
+
+    def _mended(self, uri: str) -> Iterable[Json]:
+        """KServe cuts `s3://b/m/` off `s3://b/m`, and is left with all of it (kserve.md 4.4)."""
+        service = str(self.notes.get(f"{_KSERVE}/storage-initializer-sourceuri") or "")
+        rest = Cache(name="", uri=uri, groups=()).rest(service)
+        for path, container in _containers(self.spec):
+            for index, mount in enumerate(_mounts(container)):
+                part = str(mount.get("subPath") or "")
+                if _name(mount) == KSERVE_VOLUME and "://" in part and rest is not None:
+                    mended = posixpath.join(MODELS, cache_key(uri), rest).rstrip("/")
+                    where = f"{path}/volumeMounts/{index}/subPath"
+                    yield {"op": "replace", "path": where, "value": mended}
+
+    # -- the pod names a model --------------------------------------------------------------------
+
+    def _mounted(self, named: Mapping[str, tuple[str, str]]) -> Mutation:
+        if self.namespace not in self.world.inject:
+            raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
+        found = {uri: self._cache(uri) for uri, _ in named.values()}
+        missing = sorted(uri for uri, cache in found.items() if cache is None)
+        if missing:
+            raise _Left(Why.NO_CACHE, ", ".join(missing))
+        caches = [cache for cache in found.values() if cache is not None]
+        group = self._group(caches)
+        if not all(group in cache.groups for cache in caches):
+            raise _Left(Why.NO_CACHE, "no one node group has all of them")
+        patch = [*self._with_volume(group)]
+        for path, container in _containers(self.spec):
+            mounts = []
+            for uri, place in named.values():
+                cache = found[uri]
+                assert cache is not None  # for mypy: `missing` is empty
+                part = posixpath.join(MODELS, cache.key, cache.rest(uri) or "").rstrip("/")
+                mounts.append({"name": VOLUME, "mountPath": place, "subPath": part})
+            patch += _with_mount(path, container, *mounts)
+        keys = tuple(sorted({cache.key for cache in caches}))
+        patch += self._preferring(keys, group)
+        return self._mutation(patch, keys, f"mounted: {_list(found)} from the cache of {group}")
+
+    # -- which cache, which group -----------------------------------------------------------------
+
+    def _cache(self, uri: str) -> Cache | None:
+        """The longest that holds it; those of the namespace first, as KServe does."""
+        holding = [
+            cache
+            for cache in self.world.caches
+            if cache.namespace in ("", self.namespace) and cache.rest(uri) is not None
+        ]
+        return min(
+            holding,
+            key=lambda cache: (not cache.namespace, -len(cache.prefix), cache.name),
+            default=None,
+        )
+
+    def _group(self, caches: Sequence[Cache]) -> str:
+        """The group that has the most of these models and is the only place for this pod."""
+        named = self.notes.get(_NODE_GROUP)
+        order = list(dict.fromkeys(group for cache in caches for group in cache.groups))
+        known = [group for group in order if group in self.world.groups]
+        if named is not None:
+            known = [group for group in known if group == named]
+        if not known:
+            detail = f"not in the node group {named}" if named else "its node groups do not exist"
+            raise _Left(Why.NO_CACHE, detail)
+        known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
+        refusals = []
+        for group in known:
+            refusal = self._refusal(group, named=named is not None)
+            if refusal is None:
+                return group
+            refusals.append(refusal)
+        raise refusals[0]
+
+    def _refusal(self, group: str, *, named: bool) -> "_Left | None":
+        if (self.namespace, group) not in self.world.claims:
+            return _Left(Why.NO_CLAIM, f"localmodel-{group} in {self.namespace}")
+        nodes = self.world.in_group(group)
+        if silent := sorted(nodes - self.world.live):
+            return _Left(Why.NO_AGENT, _list(silent))
+        allowed = {node.name for node in self.world.nodes if allows(self.spec, node)}
+        if not named and (not allowed or allowed - nodes):
+            return _Left(Why.OTHER_NODES, _list(sorted(allowed - nodes)) or "no node is known")
+        return None
+
+    # -- the patch --------------------------------------------------------------------------------
+
+    def _with_volume(self, group: str) -> list[Json]:
+        claim = {"claimName": f"localmodel-{group}", "readOnly": True}
+        return append(
+            self.spec, "/spec", "volumes", {"name": VOLUME, "persistentVolumeClaim": claim}
+        )
+
+    def _preferring(self, keys: Sequence[CacheKey], group: str) -> list[Json]:
+        """Ask for a node that has the models already, and require none (kserve#4681)."""
+        nodes = self.world.in_group(group)
+        having = nodes.intersection(*(self.world.holders.get(key, frozenset()) for key in keys))
+        if not having or having == nodes or len(having) > _MOST_NODES:
+            return []
+        if self.world.groups[group].selector is None:  # a shared volume is as near everywhere
+            return []
+        terms = [{"weight": 50, "preference": _only(name)} for name in sorted(having)]
+        affinity = self.spec.get("affinity") or {}
+        node = affinity.get("nodeAffinity") or {}
+        if not affinity:
+            preferring = {"nodeAffinity": {_PREFERRED: terms}}
+            return [put("affinity" in self.spec, "/spec/affinity", preferring)]
+        if not node:
+            path = "/spec/affinity/nodeAffinity"
+            return [put("nodeAffinity" in affinity, path, {_PREFERRED: terms})]
+        return append(node, "/spec/affinity/nodeAffinity", _PREFERRED, *terms)
+
+    def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
+        written = {f"{PREFIX}/injected": note, f"{PREFIX}/keys": ",".join(keys)}
+        metadata = self.pod.get("metadata")
+        if metadata is None:
+            patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})
+        elif not metadata.get("annotations"):
+            patch.append(put("annotations" in metadata, "/metadata/annotations", written))
+        else:
+            for name, value in written.items():
+                path = f"/metadata/annotations/{escaped(name)}"
+                patch.append(put(name in metadata["annotations"], path, value))
+        return Mutation(patch=tuple(patch), note=note, keys=keys)
+
+
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
+
+def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:
+    """`uri destination uri destination`. Raises _Left for anything else."""
+    words = [str(word) for word in arguments]
+    pairs = list(zip(words[::2], words[1::2], strict=False))
+    places = [place for _, place in pairs]
+    if len(words) % 2 or not pairs or len({uri for uri, _ in pairs}) < len(pairs):
+        raise _Left(Why.ODD, "the initializer's arguments are no pairs")
+    for place in places:
+        if not place.startswith("/"):
+            raise _Left(Why.ODD, f"{place} is no absolute path")
+        if any(other != place and _is_below(other, place) for other in places):
+            raise _Left(Why.ODD, f"{place} holds another destination")
+    return pairs
+
+
+def _only(node: str) -> Json:
+    """The API takes one name in a term, no more."""
+    field = {"key": "metadata.name", "operator": "In", "values": [node]}
+    return {"matchFields": [field]}
+
+
+def _named(notes: Json) -> dict[str, tuple[str, str]]:
+    """The models that annotations name: URI and mount path, by the name behind the dot."""
+    found = {}
+    for note, uri in sorted(notes.items()):
+        name = note.removeprefix(f"{PREFIX}/source")
+        if name != note and (not name or name.startswith(".")):
+            place = str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")
+            found[name] = str(uri), posixpath.normpath(place)
+    return found
+
+
+def _wait_seconds(text: Any) -> int:
+    try:
+        return int(parse_duration(str(text))) if text else _WAIT_SECONDS
+    except ValueError:
+        return _WAIT_SECONDS
+
+
+def _is_below(path: str, directory: str) -> bool:
+    """Or is that directory."""
+    return f"{posixpath.normpath(path)}/".startswith(f"{posixpath.normpath(directory)}/")
+
+
+def _containers(spec: Json) -> list[tuple[str, Json]]:
+    """With their JSON pointers."""
+    return [
+        (f"/spec/{kind}/{index}", container)
+        for kind in ("initContainers", "containers")
+        for index, container in enumerate(spec.get(kind) or ())
+    ]
+
+
+def _mounts(container: Json) -> Sequence[Json]:
+    return container.get("volumeMounts") or ()
+
+
+def _with_mount(path: str, container: Json, *mounts: Json) -> list[Json]:
+    """Read-only, where nothing is mounted yet."""
+    taken = {posixpath.normpath(str(mount.get("mountPath"))) for mount in _mounts(container)}
+    for mount in mounts:
+        if mount["mountPath"] in taken:
+            raise _Left(Why.ODD, f"{_name(container)} has something at {mount['mountPath']}")
+    return append(
+        container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in mounts)
+    )
+
+
+def _name(item: Json) -> str:
+    return str(item.get("name") or "")
+
+
+def _claim(volume: Json) -> Json:
+    return volume.get("persistentVolumeClaim") or {}
+
+
+def _list(names: Iterable[str]) -> str:
+    """A few of them: it becomes an annotation, and a warning."""
+    found = list(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,0 +1,73 @@
+"""What the hook knows when a pod comes: watched objects, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.hook.scheduling import Node, selects
+from agent.model import CacheKey, cache_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """A LocalModelCache, or, with a namespace, a LocalModelNamespaceCache."""
+
+    name: str
+    uri: str
+    groups: tuple[str, ...]
+    namespace: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> CacheKey:
+        return cache_key(self.uri)
+
+    @property
+    def prefix(self) -> str:
+        return self.uri.removesuffix("/")
+
+    def rest(self, uri: str) -> str | None:
+        """What of this cache a URI names, "" for the whole; None if it names something else."""
+        asked = uri.removesuffix("/")
+        if asked == self.prefix:
+            return ""
+        return (
+            asked.removeprefix(f"{self.prefix}/") if asked.startswith(f"{self.prefix}/") else None
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A LocalModelNodeGroup. `selector` is what its volumes require of a node, None: nothing, as
+    for a volume that all nodes share."""
+
+    name: str
+    selector: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What the hook has watched: nothing is asked for while a pod waits.
+
+    `claims` are the namespace and the group of each bound `localmodel-<group>`; `inject` the
+    namespaces that carry our label; `live` the nodes whose agent renews its Lease; `holders` the
+    nodes that have a model; `entrypoints` lead from the last part of an image's name, without tag
+    or digest, to what the image runs.
+    """
+
+    caches: tuple[Cache, ...] = ()
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+    claims: frozenset[tuple[str, str]] = frozenset()
+    inject: frozenset[str] = frozenset()
+    live: frozenset[str] = frozenset()
+    holders: Mapping[CacheKey, frozenset[str]] = field(default_factory=dict)
+    entrypoints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    job_namespace: str = ""
+
+    def in_group(self, group: str) -> frozenset[str]:
+        selector = self.groups[group].selector
+        return frozenset(
+            node.name for node in self.nodes if selector is None or selects(selector, node)
+        )

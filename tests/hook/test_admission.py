@@ -1,0 +1,486 @@
+"""What becomes of a pod: the recorded ones of KServe, one decision each, and then all others."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.hook.admission import (
+    EXPLAINED,
+    MOUNT,
+    QUIET,
+    VOLUME,
+    Mutation,
+    Skip,
+    Why,
+    mutate,
+)
+from agent.hook.scheduling import Node
+from agent.hook.world import Cache, Group, World
+from agent.model import cache_key
+from tests.hook.patches import patched
+from tests.hook.pods import (
+    A100,
+    BUCKET,
+    ENTRYPOINT,
+    H100,
+    LLAMA,
+    LLAMA_70B,
+    MIXED,
+    WORLD,
+    cases,
+    golden,
+    node,
+    selector,
+)
+
+CLAIM = {"claimName": "localmodel-gpu1", "readOnly": True}
+
+
+def admit(pod: dict[str, Any], world: World = WORLD) -> Mutation | Skip:
+    return mutate(pod, world, namespace=pod["metadata"]["namespace"])
+
+
+def helped(pod: dict[str, Any], world: World = WORLD) -> dict[str, Any]:
+    """The pod as it is stored, which the hook then leaves alone."""
+    decision = admit(pod, world)
+    assert isinstance(decision, Mutation), decision
+    result: dict[str, Any] = patched(pod, decision.patch)
+    assert admit(result, world) == Skip(why=Why.DONE), "helped twice"
+    assert result["metadata"]["annotations"]["localmodel-agent.io/keys"] == ",".join(decision.keys)
+    return result
+
+
+def left(pod: dict[str, Any], world: World = WORLD) -> Skip:
+    decision = admit(pod, world)
+    assert isinstance(decision, Skip), decision
+    return decision
+
+
+GOLDEN = {
+    "uncached-hf": f"wrapped: {LLAMA} from the cache of gpu1",
+    "cached-hf": f"read-only: {LLAMA} on KServe's claim",
+    "cached-nodegroup": f"read-only: {LLAMA_70B} on KServe's claim",
+    "subpath": f"read-only: {BUCKET} on KServe's claim",
+    "namespace-cache": "read-only: hf://Qwen/Qwen2.5-7B-Instruct on KServe's claim",
+    "opt-out": Why.DISABLED,
+    "readonly-false": Why.WRITES,
+    "storage-key": Why.NO_CACHE,
+    "storage-uris": f"wrapped: {LLAMA} from the cache of gpu1",
+    "triton-vllm": Why.NO_CACHE,
+    "transformer": Why.NO_CACHE,
+    "custom-initializer": Why.NO_CACHE,
+    "pvc": Why.NOT_OURS,
+    "llmisvc": Why.NO_CACHE,
+    "multi-container": Why.NO_CACHE,
+    "oci": Why.NOT_OURS,
+    "uncached-readonly-false": Why.WRITES,
+    "cached-two-groups-default": f"read-only: {LLAMA_70B} on KServe's claim",
+    "storage-uris-apart": f"wrapped: {LLAMA} from the cache of gpu1",
+    "transformer-cached": f"read-only: {LLAMA} on KServe's claim",
+    "transformer-separate": Why.NOT_OURS,
+    "multi-container-cached": f"read-only: {LLAMA} on KServe's claim",
+    "custom-predictor-cached": f"read-only: {LLAMA} on KServe's claim",
+    "logger-cached": f"read-only: {LLAMA} on KServe's claim",
+    "sa-credentials": Why.NO_CACHE,
+    "storage-key-cached-uri": f"wrapped: {BUCKET}/llama/7b from the cache of gpu1",
+    "llmisvc-cached": f"read-only: {LLAMA} on KServe's claim",
+    "oci-native": Why.NOT_OURS,
+    "oci-fetch": Why.NO_CACHE,
+}
+
+
+def test_every_recorded_pod_has_its_decision() -> None:
+    assert set(cases()) == set(GOLDEN)
+    assert len(GOLDEN) == 29
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_what_becomes_of_the_pods_that_kserve_makes(case: str) -> None:
+    decision = admit(golden(case))
+    assert (decision.note if isinstance(decision, Mutation) else decision.why) == GOLDEN[case]
+
+
+# --- wrapped ------------------------------------------------------------------------------------
+
+
+def test_a_wrapped_pod_keeps_all_that_it_had() -> None:
+    before = golden("uncached-hf")
+    after = helped(before)
+    (initializer,), (server,) = after["spec"]["initContainers"], after["spec"]["containers"]
+    mount = {"name": VOLUME, "mountPath": MOUNT, "readOnly": True}
+    shell, flag, script, name = initializer.pop("command")
+    assert (shell, flag, name) == ("sh", "-c", "localmodel")
+    assert cache_key(LLAMA) in script
+    assert f"exec {ENTRYPOINT[0]} " in script
+    assert initializer["volumeMounts"].pop() == server["volumeMounts"].pop() == mount
+    assert after["spec"]["volumes"].pop() == {"name": VOLUME, "persistentVolumeClaim": CLAIM}
+    for note in ("injected", "keys"):
+        del after["metadata"]["annotations"][f"localmodel-agent.io/{note}"]
+    assert after == before
+
+
+def test_whoever_mounts_the_destination_sees_the_cache_and_nobody_else() -> None:
+    world = replace(WORLD, caches=(Cache(name="m", uri=_uri("transformer"), groups=("gpu1",)),))
+    after = helped(golden("transformer"), world)
+    assert _seeing(after) == {"storage-initializer", "kserve-container", "transformer-container"}
+    world = replace(WORLD, caches=(Cache(name="m", uri=_uri("multi-container"), groups=("gpu1",)),))
+    after = helped(golden("multi-container"), world)
+    assert _seeing(after) == {"storage-initializer", "kserve-container"}
+
+
+def test_a_pod_of_an_llm_inference_service() -> None:
+    """It has no annotations at all, and its server is called main."""
+    pod = golden("llmisvc")
+    assert "annotations" not in pod["metadata"]
+    world = replace(WORLD, caches=(Cache(name="m", uri=_uri("llmisvc"), groups=("gpu1",)),))
+    assert _seeing(helped(pod, world)) == {"storage-initializer", "main"}
+
+
+def test_a_command_of_its_own_is_the_original() -> None:
+    pod = golden("uncached-hf")
+    initializer = pod["spec"]["initContainers"][0]
+    initializer |= {"image": "quay.io/odd/image@sha256:0", "command": ["/bin/odd one", "--x"]}
+    script = helped(pod)["spec"]["initContainers"][0]["command"][2]
+    assert "exec '/bin/odd one' --x " in script
+
+
+@pytest.mark.parametrize(
+    ("image", "known"),
+    [
+        ("kserve/storage-initializer", True),
+        ("kserve/storage-initializer:v0.18.0", True),
+        ("localhost:5000/x/storage-initializer@sha256:0a", True),
+        ("storage-initializer:v1@sha256:0a", True),
+        ("kserve/storage-initializer-fork:v1", False),
+        ("", False),
+    ],
+)
+def test_the_image_says_what_the_original_is(image: str, known: bool) -> None:
+    pod = golden("uncached-hf")
+    pod["spec"]["initContainers"][0]["image"] = image
+    decision = admit(pod)
+    assert isinstance(decision, Mutation) is known
+    assert known or decision == Skip(why=Why.UNKNOWN_IMAGE, detail=image)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("CONFIDENTIAL_ENABLED", "true", Why.CONFIDENTIAL),
+        ("STORAGE_ALLOW_PATTERNS", "*.safetensors", Why.PATTERNS),
+        ("STORAGE_IGNORE_PATTERNS", '["*.bin"]', Why.PATTERNS),
+    ],
+)
+def test_what_only_the_initializer_can_do_is_left_to_it(
+    variable: str, value: str, why: Why
+) -> None:
+    pod = golden("uncached-hf")
+    pod["spec"]["initContainers"][0]["env"].append({"name": variable, "value": value})
+    assert left(pod).why is why
+
+
+def test_a_cache_of_some_of_the_files_is_not_the_model() -> None:
+    (first, *others) = WORLD.caches
+    world = replace(WORLD, caches=(replace(first, include=("*.json",)), *others))
+    assert left(golden("uncached-hf"), world).why is Why.PATTERNS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["hf://a/b"],
+        [LLAMA, "mnt/models"],
+        [LLAMA, "/mnt", "s3://b/x", "/mnt/models"],
+        [LLAMA, "/mnt/a", LLAMA, "/mnt/b"],
+    ],
+)
+def test_arguments_that_are_no_pairs_are_left_alone(arguments: list[str]) -> None:
+    pod = golden("uncached-hf")
+    pod["spec"]["initContainers"][0]["args"] = arguments
+    assert left(pod).why is Why.ODD
+
+
+def test_a_container_that_has_something_there_already_is_left_alone() -> None:
+    pod = golden("uncached-hf")
+    mounts = pod["spec"]["containers"][0]["volumeMounts"]
+    mounts.append({"name": "devshm", "mountPath": f"{MOUNT}/"})
+    assert left(pod).why is Why.ODD
+
+
+# --- which cache --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cached", "asked", "rest"),
+    [
+        ("s3://b/m", "s3://b/m", ""),
+        ("s3://b/m/", "s3://b/m", ""),
+        ("s3://b/m", "s3://b/m/", ""),
+        ("s3://b/m/", "s3://b/m/x/y", "x/y"),
+        ("s3://b/m", "s3://b/m/x/", "x"),
+        ("s3://b/m", "s3://b/m2", None),
+        ("s3://b/m", "s3://b", None),
+        ("hf://o/m", "hf://o/m:rev", None),
+    ],
+)
+def test_what_a_cache_holds(cached: str, asked: str, rest: str | None) -> None:
+    assert Cache(name="c", uri=cached, groups=()).rest(asked) == rest
+
+
+def test_the_longest_wins_and_those_of_the_namespace_come_first() -> None:
+    def key_of(*caches: Cache) -> str:
+        pod = golden("uncached-hf")
+        pod["spec"]["initContainers"][0]["args"][0] = "s3://b/m/x/y"
+        decision = admit(pod, replace(WORLD, caches=caches))
+        assert isinstance(decision, Mutation)
+        return decision.keys[0]
+
+    short, long = (Cache(name="c", uri=uri, groups=("gpu1",)) for uri in ("s3://b/m", "s3://b/m/x"))
+    assert key_of(short, long) == key_of(long, short) == long.key
+    ours = replace(short, namespace="team-a")
+    assert key_of(long, ours) == ours.key
+    assert key_of(replace(ours, namespace="team-b"), long) == long.key
+
+
+# --- which group, and whether at all ------------------------------------------------------------
+
+
+def _without_gpu() -> dict[str, Any]:
+    pod = golden("uncached-hf")
+    for container in pod["spec"]["containers"]:
+        container["resources"] = {}
+    return pod
+
+
+@pytest.mark.parametrize(
+    ("change", "why", "detail"),
+    [
+        ({"claims": frozenset()}, Why.NO_CLAIM, "localmodel-gpu1 in team-a"),
+        ({"live": frozenset({"a"})}, Why.NO_AGENT, "b"),
+        ({"nodes": MIXED}, Why.OTHER_NODES, "h"),
+        ({"nodes": ()}, Why.OTHER_NODES, "no node is known"),
+        ({"groups": {}}, Why.NO_CACHE, "its node groups do not exist"),
+    ],
+)
+def test_nothing_is_done_that_could_keep_it_from_a_node(
+    change: dict[str, Any], why: Why, detail: str
+) -> None:
+    assert left(golden("uncached-hf"), replace(WORLD, **change)) == Skip(why=why, detail=detail)
+
+
+def test_a_pod_that_names_the_group_may_only_be_there() -> None:
+    world = replace(WORLD, nodes=MIXED, live=frozenset({"a", "b", "h"}))
+    pod = golden("uncached-hf")
+    pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu1"
+    helped(pod, world)
+    pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu2"
+    assert left(pod, world) == Skip(why=Why.NO_CACHE, detail="not in the node group gpu2")
+
+
+def test_what_the_selector_allows_says_the_group() -> None:
+    """kserve#5914: the first of a cache's groups is not always the pod's."""
+    world = replace(WORLD, nodes=MIXED, live=frozenset({"a", "b", "h"}))
+    for product, group in ((A100, "gpu1"), (H100, "gpu2")):
+        pod = golden("uncached-hf")
+        pod["spec"]["initContainers"][0]["args"][0] = LLAMA_70B
+        pod["spec"]["nodeSelector"] = {"nvidia.com/gpu.product": product}
+        volume = helped(pod, world)["spec"]["volumes"][-1]
+        assert volume["persistentVolumeClaim"]["claimName"] == f"localmodel-{group}"
+
+
+def test_a_node_without_a_gpu_is_no_place_for_a_pod_that_wants_one() -> None:
+    world = replace(WORLD, nodes=(*WORLD.nodes, Node(name="cpu")))
+    helped(golden("uncached-hf"), world)
+    assert left(_without_gpu(), world) == Skip(why=Why.OTHER_NODES, detail="cpu")
+
+
+def test_a_volume_that_all_nodes_share_is_for_all_of_them() -> None:
+    world = replace(
+        WORLD,
+        groups={"gpu1": Group(name="gpu1", selector=None)},
+        nodes=(*WORLD.nodes, Node(name="cpu")),
+        live=frozenset({"a", "b", "cpu"}),
+        holders={cache_key(LLAMA): frozenset({"a"})},
+    )
+    assert "affinity" not in helped(_without_gpu(), world)["spec"]
+
+
+def test_nodes_that_have_the_model_are_preferred_and_not_required() -> None:
+    world = replace(WORLD, holders={cache_key(LLAMA): frozenset({"b", "elsewhere"})})
+    preferred = "preferredDuringSchedulingIgnoredDuringExecution"
+    term = {
+        "weight": 50,
+        "preference": {
+            "matchFields": [{"key": "metadata.name", "operator": "In", "values": ["b"]}]
+        },
+    }
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": selector(A100)}
+    other = {"weight": 1, "preference": {}}
+    choices: tuple[dict[str, Any] | None, ...] = (
+        None,
+        {},
+        {"podAffinity": {}},
+        {"nodeAffinity": required},
+        {"nodeAffinity": {preferred: [other]}},
+    )
+    for affinity in choices:
+        pod = golden("uncached-hf")
+        if affinity is not None:
+            pod["spec"]["affinity"] = affinity
+        found = helped(pod, world)["spec"]["affinity"]
+        assert found["nodeAffinity"][preferred][-1] == term
+        kept = {key: value for key, value in (affinity or {}).items() if key != "nodeAffinity"}
+        assert {key: value for key, value in found.items() if key != "nodeAffinity"} == kept
+    everywhere = replace(WORLD, holders={cache_key(LLAMA): frozenset({"a", "b"})})
+    assert "affinity" not in helped(golden("uncached-hf"), everywhere)["spec"]
+
+
+# --- rewritten by KServe ------------------------------------------------------------------------
+
+
+def test_a_rewritten_pod_cannot_write() -> None:
+    before = golden("cached-hf")
+    after = helped(before)
+    assert after["spec"]["volumes"][1]["persistentVolumeClaim"].pop("readOnly") is True
+    assert after["spec"] == before["spec"]
+
+
+def test_the_sub_path_of_a_trailing_slash_is_mended() -> None:
+    """kserve.md 4.4: a cache of `.../m/`, a service of `.../m`."""
+    pod = golden("subpath")
+    notes, uri = pod["metadata"]["annotations"], "s3://bucket/models/"
+    notes["internal.serving.kserve.io/localmodel-sourceuri"] = uri
+    mount = pod["spec"]["containers"][0]["volumeMounts"][-1]
+    mount["subPath"] = f"models/{cache_key(uri)}/s3://bucket/models/llama/7b"
+    (found,) = [
+        mount["subPath"]
+        for mount in helped(pod)["spec"]["containers"][0]["volumeMounts"]
+        if "subPath" in mount
+    ]
+    assert found == f"models/{cache_key(uri)}/llama/7b"
+
+
+def test_download_jobs_and_users_own_claims_are_left_alone() -> None:
+    pod = golden("cached-hf")
+    pod["metadata"]["namespace"] = WORLD.job_namespace
+    assert left(pod).why is Why.NOT_OURS
+    pod = golden("cached-hf")
+    pod["spec"]["volumes"][1]["persistentVolumeClaim"]["claimName"] = "mine"
+    assert left(pod).why is Why.NOT_OURS
+
+
+# --- by annotation ------------------------------------------------------------------------------
+
+
+def _plain(**notes: str) -> dict[str, Any]:
+    """A Deployment of vLLM, as its template makes it."""
+    named = {
+        f"localmodel-agent.io/{name.replace('_', '-')}": value for name, value in notes.items()
+    }
+    gpu = {"limits": {"nvidia.com/gpu": "1"}}
+    return {
+        "metadata": {"namespace": "team-a", "annotations": named},
+        "spec": {
+            "containers": [
+                {"name": "vllm", "image": "vllm/vllm-openai", "resources": gpu},
+                {"name": "sidecar", "volumeMounts": [{"name": "x", "mountPath": "/x"}]},
+            ]
+        },
+    }
+
+
+def test_a_plain_pod_gets_the_model_where_it_says() -> None:
+    after = helped(_plain(source=f"{BUCKET}/llama/7b", mount_path="/models/llama/"))
+    mount = {
+        "name": VOLUME,
+        "mountPath": "/models/llama",
+        "subPath": f"models/{cache_key(BUCKET)}/llama/7b",
+        "readOnly": True,
+    }
+    assert [container["volumeMounts"][-1] for container in after["spec"]["containers"]] == [
+        mount
+    ] * 2
+    assert after["spec"]["volumes"] == [{"name": VOLUME, "persistentVolumeClaim": CLAIM}]
+
+
+def test_several_models_by_name() -> None:
+    notes = {
+        "source": LLAMA,
+        "source.draft": f"{BUCKET}/draft",
+        "mount-path.draft": "/mnt/draft",
+    }
+    after = helped(_plain(**notes))
+    mounts = after["spec"]["containers"][0]["volumeMounts"]
+    assert [mount["mountPath"] for mount in mounts] == ["/mnt/models", "/mnt/draft"]
+
+
+@pytest.mark.parametrize(
+    ("notes", "change", "why"),
+    [
+        ({"source": "hf://nobody/asked"}, {}, Why.NO_CACHE),
+        ({"source": LLAMA, "source.x": "hf://nobody/asked"}, {}, Why.NO_CACHE),
+        ({"source": LLAMA}, {"inject": frozenset()}, Why.NO_CLAIM),
+        ({"source": LLAMA, "mount-path": "/x"}, {}, Why.ODD),
+        ({"source": LLAMA, "disable": "true"}, {}, Why.DISABLED),
+        ({"sources": LLAMA}, {}, Why.NOT_OURS),
+    ],
+)
+def test_a_plain_pod_is_left_alone(notes: dict[str, str], change: Any, why: Why) -> None:
+    assert left(_plain(**notes), replace(WORLD, **change)).why is why
+
+
+# --- all others ---------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_any_part_of_a_pod_may_be_missing(data: st.DataObject) -> None:
+    """No exception, whatever the API server lets through; and the same answer twice."""
+    pod = golden(data.draw(st.sampled_from(sorted(GOLDEN))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        owner: Any = pod
+        while isinstance(owner, dict | list) and owner:
+            names = list(owner) if isinstance(owner, dict) else range(len(owner))
+            name = data.draw(st.sampled_from(names))
+            if data.draw(st.booleans()) or not isinstance(owner[name], dict | list):
+                del owner[name]
+                break
+            owner = owner[name]
+    before = json.dumps(pod)
+    world = replace(WORLD, nodes=data.draw(st.sampled_from([WORLD.nodes, MIXED, ()])))
+    decision = mutate(pod, world, namespace="team-a")
+    assert json.dumps(pod) == before
+    assert mutate(pod, world, namespace="team-a") == decision
+    if isinstance(decision, Mutation):
+        again = mutate(patched(pod, decision.patch), world, namespace="team-a")
+        assert again == Skip(why=Why.DONE)
+
+
+def test_every_reason_is_explained() -> None:
+    assert set(EXPLAINED) == set(Why)
+    assert set(Why) > QUIET
+    assert "localmodel-gpu1" in Skip(why=Why.NO_CLAIM, detail="localmodel-gpu1").message
+
+
+def _uri(case: str) -> str:
+    return str(golden(case)["spec"]["initContainers"][0]["args"][0])
+
+
+def _seeing(pod: dict[str, Any]) -> set[str]:
+    """The containers that mount the whole cache."""
+    return {
+        container["name"]
+        for kind in ("initContainers", "containers")
+        for container in pod["spec"][kind]
+        if any(mount["mountPath"] == MOUNT for mount in container.get("volumeMounts", ()))
+    }
+
+
+def test_the_worlds_of_the_tests_are_what_they_say() -> None:
+    assert WORLD.in_group("gpu1") == {"a", "b"}
+    assert replace(WORLD, nodes=(*MIXED, node("x", "L4"))).in_group("gpu2") == {"h"}
