@@ -46,7 +46,7 @@ def allows(pod: Spec, node: Node) -> bool:
         and (required is None or selects(required, node))
         and pod.get("nodeName") in (None, "", node.name)
         and all(_tolerated(taint, pod.get("tolerations") or []) for taint in node.taints)
-        and _extended(pod) <= node.extended
+        and extended(pod) <= node.extended
     )
 
 
@@ -96,7 +96,7 @@ def _tolerated(taint: Mapping[str, str], tolerations: Iterable[Spec]) -> bool:
     )
 
 
-def _extended(pod: Spec) -> frozenset[str]:
+def extended(pod: Spec) -> frozenset[str]:
     """The resources that it asks for by a vendor's name."""
     asked = set[str]()
     for kind in ("containers", "initContainers"):

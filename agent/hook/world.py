@@ -53,7 +53,8 @@ class World:
     `claims` are the namespace and the group of each bound `localmodel-<group>`; `inject` the
     namespaces that carry our label; `live` the nodes whose agent renews its Lease; `holders` the
     nodes that have a model; `entrypoints` lead from the last part of an image's name, without tag
-    or digest, to what the image runs.
+    or digest, to what the image runs; `sizes` are those of the models that a node has, and
+    `capacity` what the cache of a node may hold, in bytes.
     """
 
     caches: tuple[Cache, ...] = ()
@@ -64,6 +65,8 @@ class World:
     live: frozenset[str] = frozenset()
     holders: Mapping[CacheKey, frozenset[str]] = field(default_factory=dict)
     entrypoints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[CacheKey, int] = field(default_factory=dict)
+    capacity: Mapping[str, int] = field(default_factory=dict)
     job_namespace: str = ""
 
     def in_group(self, group: str) -> frozenset[str]:
