@@ -157,7 +157,7 @@ class Fetcher:
         a byte of its largest file. A hub lists to everybody what it gives to few."""
         source = await self._source(want)
         listing = await self._listed(source, want)
-        file = max(listing.files, key=lambda file: file.size)
+        file = listing.archive or max(listing.files, key=lambda file: file.size)
         if file.size:
             await self._engine.reach(await source.locate(listing, file), size=file.size)
 
@@ -179,12 +179,16 @@ class Fetcher:
         listing = await self.today(want)
         await changing(lambda: self._store.begin(listing))
         self.listed(want.key)
-        foreign = await looking(lambda: self._store.foreign(want.key))
+        await self._link_what_is_here(listing, counts)
+
+    async def _link_what_is_here(self, listing: Listing, tally: Tally) -> None:
+        """So that room is reserved for the rest only."""
+        foreign = await looking(lambda: self._store.foreign(listing.key))
         if foreign is not None and foreign.obstacle:
             return  # whatever is built, it could not take that place
         if foreign is not None:
-            await self._adopt_all(listing, counts)
-        await self._share_all(listing, counts)
+            await self._adopt_all(listing, tally)
+        await self._share_all(listing, tally)
 
     async def fetch(self, tally: Tally) -> Manifest | None:
         """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
@@ -399,8 +403,8 @@ class Fetcher:
 
     async def _look_inside(
         self, source: Source, listing: Listing, archive: RemoteFile, tally: Tally
-    ) -> Listing:
-        """Pin what is in the archive of a listing, and link what other models have of it."""
+    ) -> None:
+        """Pin what is in the archive of a listing, and link what is here of it already."""
         opened = await self._archive(source, listing, archive, tally)
         tally.verify()
         found = replace(
@@ -408,8 +412,7 @@ class Fetcher:
             archive=opened,
         )
         await changing(lambda: self._store.begin(found))
-        await self._share_all(found, tally)
-        return found
+        await self._link_what_is_here(found, tally)
 
     async def _found(self, path: Path, version: str, file: RemoteFile) -> str | None:
         """The digest of a file that is in the tree already; None if it must be brought.

@@ -26,6 +26,8 @@ from agent.model import (
 from agent.status import Facts
 from agent.wishes import Desired
 
+_NOT_TO_BE_PUBLISHED = frozenset({Reason.FINGERPRINT_MISMATCH, Reason.UNSAFE_FILES})
+
 
 @dataclass(slots=True)
 class Known:
@@ -129,18 +131,15 @@ class Known:
         if left is not None and left.ref != want.ref and want.key not in self.withdrawn:
             del self.mending[want.key]
 
-    def mend_what_is_complete(self) -> None:
+    def mend_what_is_complete(self, attempts: Mapping[CacheKey, Attempt]) -> None:
         """Every byte was here when we were killed: prove them and seal, whoever asked.
 
-        Unless whoever asked said that these are not the bytes to publish; or another's directory
-        has its place, which only a wish takes away.
+        Unless whoever asked said that these are not the bytes to publish, as the `attempts` of the
+        earlier life tell; or another's directory has its place, which only a wish takes away.
         """
+        refused = {key for key, failed in attempts.items() if failed.reason in _NOT_TO_BE_PUBLISHED}
         for key, ingest in self.ingests.items():
-            if key in self.foreign:
-                continue
-            failed = self.attempts.get(key)
-            refused = failed is not None and failed.reason is Reason.FINGERPRINT_MISMATCH
-            if ingest.remaining == 0 and not refused:
+            if ingest.remaining == 0 and key not in self.foreign and key not in refused:
                 self.mending[key] = Want(ref=ingest.ref)
 
     def note_the_asked(self, now: float) -> dict[CacheKey, Asked | None]:

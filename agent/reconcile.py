@@ -337,7 +337,7 @@ class Reconciler:
         await self._proofs.open()
         known.ingests = await looking(self._store.ingests)
         known.foreign = await self._adoption.look(known.ingests)
-        known.mend_what_is_complete()
+        known.mend_what_is_complete(found_attempts)
 
     async def run(self) -> None:
         """Turn until cancelled; then stop the jobs, keeping what they brought."""

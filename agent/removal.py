@@ -98,11 +98,9 @@ class Removal:
                 await looking(self._store.sweep)  # may be cut off anywhere
             except AgentError as error:
                 _log.warning("%s", error.message)
-                self._unlinked(promised)  # what cannot be unlinked does not come back
-                await asyncio.sleep(_AGAIN_SECONDS)
-                self._trash.set()
-                continue
-            self._unlinked(promised)
+                # And at once where something else is retired: one tree must not hold up all others.
+                asyncio.get_running_loop().call_later(_AGAIN_SECONDS, self._trash.set)
+            self._unlinked(promised)  # what cannot be unlinked does not come back
             self._swept()
 
     def _unlinked(self, size: int) -> None:

@@ -21,6 +21,7 @@ from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allows
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
+from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
 from agent.layout import MODELS
 from agent.model import CacheKey, cache_key
@@ -39,7 +40,6 @@ _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
 _MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
-_PATTERNS = ("STORAGE_ALLOW_PATTERNS", "STORAGE_IGNORE_PATTERNS")
 
 
 class Why(StrEnum):
@@ -166,11 +166,11 @@ class _Asked:
 
     def _wrapped(self, index: int, initializer: Json) -> Mutation:
         pairs = _pairs(initializer.get("args") or ())
-        variables = {_name(v): str(v.get("value") or "") for v in initializer.get("env") or ()}
+        variables = {_name(v): _value(v) for v in initializer.get("env") or ()}
         found = {uri: cache for uri, _ in pairs if (cache := self._cache(uri)) is not None}
         if not found:
             raise _Left(Why.NO_CACHE)
-        if variables.get("CONFIDENTIAL_ENABLED", "").lower() == "true":
+        if variables.get("CONFIDENTIAL_ENABLED", "").lower() not in ("", "false"):
             raise _Left(Why.CONFIDENTIAL)
         self._check_patterns(variables, found.values())
         entrypoint = self._entrypoint(initializer)
@@ -213,7 +213,7 @@ class _Asked:
 
     def _check_patterns(self, variables: Mapping[str, str], caches: Iterable[Cache]) -> None:
         """Of a container that chooses files nobody can say here whether they are the same."""
-        chooses = [name for name in _PATTERNS if variables.get(name)]
+        chooses = [name for name in PATTERNS if variables.get(name)]
         if chooses or any(cache.include or cache.exclude for cache in caches):
             raise _Left(Why.PATTERNS, ", ".join(chooses))
 
@@ -233,6 +233,8 @@ class _Asked:
 
     def _kept_from_writing(self, index: int) -> Mutation:
         uri = str(self.notes.get(f"{_KSERVE}/localmodel-sourceuri") or "")
+        if not uri:
+            raise _Left(Why.ODD, "it does not say which model KServe gave it")
         patch: list[Json] = []
         if _claim(self._volumes()[index]).get("readOnly") is not True:
             path = f"/spec/volumes/{index}/persistentVolumeClaim/readOnly"
@@ -318,6 +320,8 @@ class _Asked:
         if (self.namespace, group) not in self.world.claims:
             return _Left(Why.NO_CLAIM, f"localmodel-{group} in {self.namespace}")
         nodes = self.world.in_group(group)
+        if not nodes:
+            return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
             return _Left(Why.NO_AGENT, _list(silent))
         allowed = {node.name for node in self.world.nodes if allows(self.spec, node)}
@@ -439,6 +443,11 @@ def _with_mount(path: str, container: Json, *mounts: Json) -> list[Json]:
 
 def _name(item: Json) -> str:
     return str(item.get("name") or "")
+
+
+def _value(variable: Json) -> str:
+    """Of what is read elsewhere only that it is set."""
+    return str(variable.get("value") or ("valueFrom" in variable and "$(...)") or "")
 
 
 def _claim(volume: Json) -> Json:

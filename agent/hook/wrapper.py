@@ -89,7 +89,7 @@ offered() { # whether the cache offers this model; its manifest names it
 wait_for() { # URI: until the cache offers it; fails when there is nothing to wait for
     silent=0 still=0 last=''
     until offered; do
-        verb='' counter=0 have=0 total=0 reason=''
+        verb='' counter='' have=0 total=0 reason=''
         if [ -r "$root/@PROGRESS@/$key" ]; then
             read -r verb counter have total reason <"$root/@PROGRESS@/$key" || :
             silent=0
@@ -101,7 +101,7 @@ wait_for() { # URI: until the cache offers it; fails when there is nothing to wa
         if [ "$counter" = "$last" ]; then still=$((still + 1)); else still=0; fi
         if [ "$still" -ge @STILL@ ]; then say "$1: the agent of this node is silent"; return 1; fi
         if [ "$left" -le 0 ]; then say "$1: waited long enough"; return 1; fi
-        if [ "$counter" != "$last" ]; then say "$1: waiting, $have of $total bytes ($reason)"; fi
+        [ "$counter" = "$last" ] || say "$1: waiting, $have of $total bytes ($reason)"
         last=$counter left=$((left - 1))
         sleep 1
     done

@@ -12,6 +12,7 @@ as long as it likes, and a damaged one in the middle is taken for the end.
 import errno
 import gzip
 import io
+import itertools
 import lzma
 import posixpath
 import stat
@@ -33,6 +34,7 @@ from agent.transfer.connections import Cancellation
 from agent.transfer.sink import BUFFER_BYTES, Hashes, Sink
 
 MOST_FILES = 20_000
+_MOST_MEMBERS = 10 * MOST_FILES  # directories are not published, and cost time all the same
 """Each is some hundred bytes of memory, and a line of a manifest."""
 
 _HEADER_BYTES = 1024**2
@@ -284,10 +286,15 @@ def _tarred(file: BinaryIO, path: Path, cancellation: Cancellation) -> Generator
     reader = _Reader(packed or file, cancellation)  # type: ignore[arg-type] # a GzipFile reads
     # The encoding of KServe's initializer; what is no UTF-8 becomes half of a surrogate pair.
     with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
-        while (member := tar.next()) is not None:
+        for count in itertools.count():
+            if (member := tar.next()) is None:
+                break
             tar.members.clear()  # it keeps them all
-            if sum(map(len, tar.pax_headers.values())) > _HEADER_BYTES:
+            said = sum(len(key) + len(value) for key, value in tar.pax_headers.items())
+            if said > _HEADER_BYTES:
                 raise _bad("it has too much to say of all its files")
+            if count > _MOST_MEMBERS:
+                raise _bad(f"it holds more than {_MOST_MEMBERS} directories and files")
             cancellation.check()
             reader.bound(None)
             if (item := _member(tar, member, path)) is not None:

@@ -488,11 +488,14 @@ def test_headers_of_headers_take_no_memory(kind: bytes, tmp_path: Path) -> None:
     assert peak < 16 * 1024**2
 
 
-def test_what_is_said_of_all_files_is_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_key", [False, True])
+def test_what_is_said_of_all_files_is_bounded(tmp_path: Path, in_key: bool) -> None:
     path = tmp_path / "archive"
     with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as made:
         for number in range(4):
-            made.pax_headers = {f"key{number}": "x" * 400_000}
+            said = {f"key{number}": "x" * 400_000}
+            made.pax_headers = {value: key for key, value in said.items()} if in_key else said
+            made.pax_headers = {f"{number}{key}": value for key, value in made.pax_headers.items()}
             header = made.tarinfo.create_pax_global_header(made.pax_headers)
             assert made.fileobj is not None
             made.fileobj.write(header)
@@ -503,6 +506,18 @@ def test_what_is_said_of_all_files_is_bounded(tmp_path: Path) -> None:
 
 def _streamed(name: str, data: bytes) -> tuple[tarfile.TarInfo, io.BytesIO]:
     return entry(name, data)[0], io.BytesIO(data)
+
+
+def test_directories_without_an_end_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "_MOST_MEMBERS", 50)
+    path = tmp_path / "archive"
+    with tarfile.open(path, "w") as made:
+        for number in range(60):
+            made.addfile(entry(f"{number}/", type=tarfile.DIRTYPE)[0])
+        made.addfile(*_streamed("file", b"x"))
+    assert "more than 50 directories and files" in refusal(path, "tar").message
 
 
 def test_many_short_headers_end(tmp_path: Path) -> None:

@@ -181,6 +181,9 @@ def test_what_only_the_initializer_can_do_is_left_to_it(
     pod = golden("uncached-hf")
     pod["spec"]["initContainers"][0]["env"].append({"name": variable, "value": value})
     assert left(pod).why is why
+    elsewhere = {"configMapKeyRef": {"name": "c", "key": "k"}}
+    pod["spec"]["initContainers"][0]["env"][-1] = {"name": variable, "valueFrom": elsewhere}
+    assert left(pod).why is why, "nobody can say here what it will be"
 
 
 def test_a_cache_of_some_of_the_files_is_not_the_model() -> None:
@@ -263,7 +266,7 @@ def _without_gpu() -> dict[str, Any]:
         ({"claims": frozenset()}, Why.NO_CLAIM, "localmodel-gpu1 in team-a"),
         ({"live": frozenset({"a"})}, Why.NO_AGENT, "b"),
         ({"nodes": MIXED}, Why.OTHER_NODES, "h"),
-        ({"nodes": ()}, Why.OTHER_NODES, "no node is known"),
+        ({"nodes": ()}, Why.NO_AGENT, "no node of gpu1 is Ready"),
         ({"groups": {}}, Why.NO_CACHE, "its node groups do not exist"),
     ],
 )
@@ -372,6 +375,12 @@ def test_download_jobs_and_users_own_claims_are_left_alone() -> None:
     pod = golden("cached-hf")
     pod["spec"]["volumes"][1]["persistentVolumeClaim"]["claimName"] = "mine"
     assert left(pod).why is Why.NOT_OURS
+
+
+def test_a_rewritten_pod_that_does_not_name_its_model_is_left_alone() -> None:
+    pod = golden("cached-hf")
+    del pod["metadata"]["annotations"]["internal.serving.kserve.io/localmodel-sourceuri"]
+    assert left(pod).why is Why.ODD
 
 
 # --- by annotation ------------------------------------------------------------------------------

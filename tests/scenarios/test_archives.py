@@ -480,3 +480,9 @@ def test_an_archive_is_resumed_by_ranges(localmodel: Machine) -> None:
         asked = [seen for seen in server.seen if seen.method == "GET" and "model.tar" in seen.path]
         ranges = [seen.headers.get("range") for seen in asked]
         assert any(found and found != "bytes=0-" for found in ranges), ranges
+
+
+async def test_an_archive_proves_the_credentials_of_a_cache(volume: Volume) -> None:
+    """By a byte of itself: what is in it has no size yet."""
+    await volume.fetcher.prove(Want(ref=ModelRef(uri=URI)))
+    assert ("locate", "model.tar.gz") in volume.source.calls

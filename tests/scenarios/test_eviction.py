@@ -84,6 +84,12 @@ async def test_what_cannot_be_unlinked_keeps_nobody_waiting(volume: Volume) -> N
             await volume.reconciler.evict(OLD_KEY)
             volume.want(NEW)
             await volume.reach(NEW, Phase.READY)
+            # Nor the next one, while that is not tried again by itself.
+            volume.want()
+            await volume.turn()
+            await volume.reconciler.evict(NEW_KEY)
+            volume.want(OLD)
+            await volume.reach(OLD, Phase.READY)
 
 
 # -- leaving --------------------------------------------------------------------------------------

@@ -140,3 +140,17 @@ def test_the_command(localmodel: Machine, tmp_path: Path) -> None:
     done = localmodel("pull", str(root)).ok()
     assert "warning: weights.dat runs code" in done.stderr
     assert localmodel("pull", str(root), "-o", "json").ok().json["warning"].startswith("weights")
+
+
+async def test_what_was_refused_is_not_published_by_the_next_life(tmp_path: Path) -> None:
+    """Every byte of it is there: the next start must not take it for a seal that was cut off."""
+    first = Volume(tmp_path)
+    first.source.add(URI, HIDDEN)
+    async with first.turning():
+        first.want(URI, file_policy=FilePolicy.REFUSE)
+        await first.reach(URI, Phase.FAILED)
+    second = Volume(tmp_path)
+    async with second.turning():
+        await second.turn(5)
+        assert second.store.manifest(KEY) is None
+        assert second.phase(URI) is not Phase.READY
