@@ -17,7 +17,7 @@ demo: $(READY)
 
 test: $(READY)
 	@if command -v go >/dev/null; then tests/controlplane/build.sh $(K8S_VERSION) >/dev/null; fi
-	@K8S_VERSION=$(K8S_VERSION) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	@K8S_VERSION=$(K8S_VERSION) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Format, lint, types, import contracts, generated documents; then how long our files are.
 check: $(READY)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import ssl
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ class Authorities:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._files = Files()
+        self._lock = threading.Lock()
 
     def file(self, bundle: str) -> str:
         """The path of a file with these (PEM) and the machine's. Waits for a disk.
@@ -46,7 +48,7 @@ class Authorities:
         whole = "\n".join(dict.fromkeys([*_of_machine(), *given])) + "\n"
         data = whole.encode()
         path = self._directory / f"{hashlib.sha256(data).hexdigest()}.pem"
-        with disk_errors("write a CA bundle"):
+        with self._lock, disk_errors("write a CA bundle"):
             self._put(path, data)
         return str(path)
 

@@ -20,7 +20,10 @@ MOST_HEADER_BYTES = 8 * 1024**2
 """The format allows 100 MB. As Python objects that would be ten times as much, and more than the
 agent may have; what we have seen was 4 MB for 40,000 tensors. A longer one is not read."""
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
+_PACKED = (".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4")  # as joblib writes and reads them
+_MOST_DIMENSIONS = 32
+"""A product of many large numbers takes minutes, and nothing else runs meanwhile."""
 _TORCH = bytes.fromhex("80028a0a6cfc9c46f920")  # how torch.save began a file before it wrote zips
 _ZIP, _NAME_AT = b"PK\x03\x04", 30
 _STRICTEST = (FilePolicy.OFF, FilePolicy.WARN, FilePolicy.REFUSE)
@@ -38,7 +41,9 @@ def strictest(policies: Iterable[FilePolicy | None]) -> FilePolicy | None:
 
 
 def is_pickle_name(path: str) -> bool:
-    return path.lower().endswith(_PICKLES)
+    name = path.lower()
+    packed = next((end for end in _PACKED if name.endswith(end)), "")
+    return name.removesuffix(packed).endswith(_PICKLES)
 
 
 def is_pickle(path: str, head: bytes, last: bytes) -> bool:
@@ -52,6 +57,8 @@ def is_pickle(path: str, head: bytes, last: bytes) -> bool:
     if head.startswith(_ZIP) and len(head) >= _NAME_AT:
         (length,) = struct.unpack_from("<H", head, _NAME_AT - 4)
         return head[_NAME_AT : _NAME_AT + length].endswith(b"data.pkl")
+    if head[:3] in (b"\x80\x04\x95", b"\x80\x05\x95"):  # PROTO and FRAME: by chance in 2**23
+        return not is_safetensors(path)
     # PROTO and STOP. A safetensors file may begin so too: with the length of its header.
     proto = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return proto and last == b"." and not is_safetensors(path)
@@ -106,7 +113,8 @@ def _span(name: str, tensor: Any) -> tuple[int, int, str]:
     """Where a tensor begins and ends."""
     try:
         dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
-        whole = isinstance(shape, list) and all(map(_is_size, (begin, end, *shape)))
+        whole = isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
+        whole = whole and all(map(_is_size, (begin, end, *shape)))
     except (TypeError, ValueError, KeyError):
         whole = False
     if not whole or not isinstance(dtype, str) or begin > end:

@@ -45,13 +45,6 @@ def pytest_configure() -> None:
     logger.setLevel(logging.DEBUG)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, a file is one process's: its server is started once. There is one real node."""
-    for item in items:
-        of_node = item.path.parent.name == "node"
-        item.add_marker(pytest.mark.xdist_group("node" if of_node else str(item.path)))
-
-
 @pytest.fixture(autouse=True)
 def _no_secret_in_any_log() -> Iterator[None]:
     yield

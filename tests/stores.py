@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -83,10 +84,12 @@ class RealStore:
 
 
 def _ports(number: int) -> list[int]:
-    """Free ones below 22,768: SeaweedFS has its gRPC ports 10,000 above them."""
+    """Free ones below 22,768: SeaweedFS has its gRPC ports 10,000 above them. At random: another
+    process of the tests may be choosing, too."""
+    candidates = random.SystemRandom().sample(range(12_000, 22_000), 200)
     with ExitStack() as stack:
         found: list[int] = []
-        for port in range(12_000 + os.getpid() % 9000, 22_000):
+        for port in candidates:
             try:
                 for also in (port, port + 10_000):
                     stack.enter_context(socket.create_server(("127.0.0.1", also)))

@@ -32,7 +32,7 @@ _IMAGE = "let kubelet mount it as an image volume (KServe: oci+native://)"
 _GIT = "use hf:// for a hub's repository, or an archive of it by https://"
 
 INSTEAD: Mapping[str, str] = {
-    "pvc": "a volume is not downloaded; mount it, or name the directory with file://",
+    "pvc": "a volume is not downloaded: name it in the InferenceService itself, without a cache",
     **dict.fromkeys(("oci", "oci+fetch", "oci+native"), _IMAGE),
     **dict.fromkeys(("hdfs", "webhdfs"), _COPY),
     **dict.fromkeys(("git", "git+https", "git+ssh", "ssh"), _GIT),

@@ -15,10 +15,11 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
+from yarl import URL
 
 from agent.backoff import retry_after_seconds
 from agent.errors import AgentError, Reason
@@ -26,6 +27,8 @@ from agent.model import Digest, HttpLocator, Listing, Locator, ModelRef, RemoteF
 from agent.sources.base import is_archive, pack, pin
 from agent.threads import looking
 
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_REDIRECTS = 10
 _SECONDS = 30.0  # until the headers are there
 _SHA256 = re.compile(r"sha-256=:?([A-Za-z0-9+/]{43}=):?", re.IGNORECASE)
 _MOST_BYTES = 2**63
@@ -91,23 +94,44 @@ class Web:
     async def _looked_at(self, uri: str) -> Mapping[str, str]:
         """The headers of the file. By GET, which a signed link allows where it forbids HEAD."""
         timeout = aiohttp.ClientTimeout(total=_SECONDS)
-        headers = {**self._headers(uri), "Accept-Encoding": "identity"}
         with _errors(uri):
             trust = await looking(lambda: _trust(self._authorities))
-            async with (
-                aiohttp.ClientSession(
-                    timeout=timeout, trust_env=True, connector=aiohttp.TCPConnector(ssl=trust)
-                ) as session,
-                session.get(uri, headers=headers) as answer,
-            ):
+            async with aiohttp.ClientSession(
+                timeout=timeout, trust_env=True, connector=aiohttp.TCPConnector(ssl=trust)
+            ) as session:
+                return await self._followed(session, uri)
+
+    async def _followed(self, session: aiohttp.ClientSession, uri: str) -> Mapping[str, str]:
+        """By hand: aiohttp would take a token of ours along, unless it is called Authorization."""
+        own, home = self._headers(uri), URL(uri)
+        url = home
+        for _ in range(_MOST_REDIRECTS):
+            headers = own if url.origin() == home.origin() else {}
+            async with session.get(
+                url, headers={**headers, "Accept-Encoding": "identity"}, allow_redirects=False
+            ) as answer:
+                answer.close()  # the body is not wanted
+                target = answer.headers.get("Location")
+                if answer.status in _REDIRECTS and target:
+                    url = _joined(url, target, uri)
+                    continue
                 if answer.status != 200:
                     raise _refused(uri, answer.status, answer.headers.get("Retry-After"))
                 if answer.headers.get("Content-Encoding", "identity") != "identity":
                     raise AgentError(
                         Reason.BAD_RESPONSE, f"{_shown(uri)} is sent compressed though not asked to"
                     )
-                answer.close()  # the rest of the body is not wanted
                 return answer.headers
+        raise AgentError(Reason.BAD_RESPONSE, f"{_shown(uri)} redirects without an end")
+
+
+def _joined(url: URL, target: str, uri: str) -> URL:
+    """Where a redirect leads. Its text may be a signature, so nothing of it is said."""
+    with suppress(ValueError):
+        joined = url.join(URL(target))
+        if joined.scheme in ("http", "https") and joined.host:
+            return joined
+    raise AgentError(Reason.BAD_RESPONSE, f"{_shown(uri)} redirects to what is no web page")
 
 
 @functools.lru_cache(maxsize=16)
@@ -182,8 +206,6 @@ def _errors(uri: str) -> Iterator[None]:
     except TimeoutError as error:
         message = f"{_shown(uri)} does not answer within {_SECONDS:g} s"
         raise AgentError(Reason.NETWORK, message) from error
-    except aiohttp.TooManyRedirects as error:
-        raise AgentError(Reason.BAD_RESPONSE, f"{_shown(uri)} redirects without an end") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         why = type(error).__name__ if "?" in uri else str(error)[:200]
         raise AgentError(Reason.NETWORK, f"cannot reach {_shown(uri)}: {why}") from error

@@ -34,6 +34,7 @@ from agent.transfer.connections import Cancellation
 from agent.transfer.sink import BUFFER_BYTES, Hashes, Sink
 
 MOST_FILES = 20_000
+_LONGEST_NAME = 4096  # PATH_MAX; tarfile takes a second for one of 100,000
 _MOST_MEMBERS = 10 * MOST_FILES  # directories are not published, and cost time all the same
 """Each is some hundred bytes of memory, and a line of a manifest."""
 
@@ -307,6 +308,10 @@ def _tarred(file: BinaryIO, path: Path, cancellation: Cancellation) -> Generator
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> _Item | None:
     """None for a directory: those that files are in are made anyway."""
+    if max(len(member.name), len(member.linkname)) > _LONGEST_NAME:
+        raise _unsafe(f"{member.name[:80]}...", "its name is too long")
+    if member.issparse():
+        raise _bad("it holds a sparse file, which may be of any length; pack it without --sparse")
     try:
         safe = tarfile.data_filter(member, str(path.parent))
     except tarfile.FilterError as error:

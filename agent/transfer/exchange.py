@@ -29,7 +29,8 @@ _MAX_REDIRECTS = 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _URL_SYNTAX = "%/:?#[]@!$&'()*+,;=~"
 
-_VERSION = "If-Match"
+_VERSIONS = {"If-Match": "ETag", "If-Unmodified-Since": "Last-Modified"}
+"""What asks for one version of a file, and where the answer says which it is."""
 
 # Answers that a fresh link may cure, when they come from where the link points and not from the
 # source itself.
@@ -137,7 +138,7 @@ class Exchange:
             own = {
                 name: value
                 for name, value in locator.headers.items()
-                if origin == home or name == _VERSION
+                if origin == home or name in _VERSIONS
             }
             with network_errors(f"reach {origin.scheme}://{origin.host}:{origin.port}"):
                 connection, response = self._ask(
@@ -269,10 +270,19 @@ def _stale(locator: HttpLocator) -> bool:
 
 
 def _check_version(response: http.client.HTTPResponse, locator: HttpLocator, where: str) -> None:
-    """Some servers ignore If-Match; what they send has an ETag all the same."""
-    asked, sent = locator.headers.get(_VERSION), response.headers.get("ETag")
-    if asked and sent and asked.strip('"') != sent.removeprefix("W/").strip('"'):
-        raise AgentError(Reason.SOURCE_CHANGED, f"{where} is another version than was listed")
+    """Some servers ignore what they were asked; what they send says its version all the same.
+
+    A time must be there, and the same: nothing else holds two halves of such a file together.
+    """
+    for name, said in _VERSIONS.items():
+        asked, sent = locator.headers.get(name), response.headers.get(said)
+        other = sent is not None and _bare(asked) != _bare(sent)
+        if asked and (other or (sent is None and said == "Last-Modified")):
+            raise AgentError(Reason.SOURCE_CHANGED, f"{where} is another version than was listed")
+
+
+def _bare(version: str | None) -> str:
+    return (version or "").strip().removeprefix("W/").strip('"')
 
 
 def _code(response: http.client.HTTPResponse) -> str:

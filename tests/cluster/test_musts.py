@@ -118,7 +118,7 @@ def _mode(path: Path) -> int:
 
 
 def test_9_1_13_a_scheme_without_a_source_is_an_error_with_an_event(node: Node) -> None:
-    node.want(far="gs://kfserving-examples/models/sklearn/1.0/model", disk="pvc://claim/path")
+    node.want(far="webhdfs://name-node/models/sklearn", disk="pvc://claim/path")
     agent = node.start()
     node.wait_words(agent, far=FAILED, disk=FAILED)
     for name, advice in (("far", "these are supported: "), ("disk", "a volume is not downloaded")):

@@ -18,6 +18,7 @@ from agent.formats import (
     check_header,
     header_length,
     is_pickle,
+    is_pickle_name,
     strictest,
 )
 from agent.model import FilePolicy
@@ -190,3 +191,25 @@ def test_of_two_policies_the_strictest_holds() -> None:
     assert strictest([None, off]) is off
     assert strictest([off, refuse, warn]) is refuse
     assert strictest([warn, off]) is warn
+
+
+def test_a_shape_of_many_numbers_is_not_multiplied() -> None:
+    """It would take minutes, and nothing else of the agent would run meanwhile."""
+    shape = [2**62] * 33
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    with pytest.raises(ValueError, match="described wrongly"):
+        check_header(header, 8 + len(header) + 4)
+
+
+@pytest.mark.parametrize(
+    "path", ["model.joblib", "m.pkl.gz", "m.JOBLIB.z", "m.pickle.lz4", "x.dill", "a/b.bin.xz"]
+)
+def test_what_joblib_writes_is_a_pickle_by_its_name(path: str) -> None:
+    assert is_pickle_name(path)
+    assert not is_pickle_name(path + ".txt")
+
+
+def test_a_framed_pickle_is_one_whatever_follows_it() -> None:
+    framed = pickle.dumps([1, 2], protocol=4)
+    assert is_pickle("m.bst", framed, b"\0")
+    assert not is_pickle("m.safetensors", framed, b"\0")

@@ -513,8 +513,8 @@ class _Holds:
 
     ready = asyncio.Event()
 
-    def sealed(self) -> dict[CacheKey, None]:
-        return {cache_key(URI): None}
+    def present(self) -> frozenset[CacheKey]:
+        return frozenset({cache_key(URI)})
 
 
 def _unknown(cluster: Cluster) -> bool:

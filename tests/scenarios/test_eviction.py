@@ -70,7 +70,7 @@ async def test_what_comes_waits_for_the_bytes_of_what_goes(volume: Volume) -> No
 
 
 async def test_what_cannot_be_unlinked_keeps_nobody_waiting(volume: Volume) -> None:
-    volume.capacity = 1_300_000
+    volume.capacity = 2_000_000
 
     def refuse() -> None:
         raise AgentError(Reason.DISK_ERROR, "told")

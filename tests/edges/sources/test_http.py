@@ -27,6 +27,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"one"'})
     status: int = 200
     chunked: bool = False
+    heedless: bool = False
     asked: list[dict[str, str]] = field(default_factory=list)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -36,7 +37,7 @@ class Server:
         if request.headers.get("If-Match", self.headers.get("ETag")) != self.headers.get("ETag"):
             return web.Response(status=412)
         since, now = request.headers.get("If-Unmodified-Since"), self.headers.get("Last-Modified")
-        if since and since != now:
+        if since and since != now and not self.heedless:
             return web.Response(status=412)
         if self.chunked:
             response = web.StreamResponse(headers=self.headers)
@@ -241,3 +242,56 @@ def test_a_prefix_of_a_container_is_said_to_be_none(status: int) -> None:
     assert "a prefix of a container is not listed" in error.message
     assert "sesame" not in error.message
     assert "container" not in _refusal_of("https://host/file", status, None).message
+
+
+@pytest.fixture
+async def two(server: Server) -> AsyncIterator[tuple[Server, Server]]:
+    """One that redirects to the other; and the other."""
+    other = Server()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", other.answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    other.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    server.status = 302
+    server.headers = {"Location": f"{other.url}/moved.gguf?X=1"}
+    yield server, other
+    await runner.cleanup()
+
+
+async def test_headers_do_not_go_where_a_redirect_leads(
+    two: tuple[Server, Server], tmp_path: Path
+) -> None:
+    server, other = two
+    headers = '{"PRIVATE-TOKEN": "sesame", "Authorization": "Bearer sesame"}'
+    source = Web({"127.0.0.1-headers": headers})
+    listing = await source.list(_ref(server))
+    assert await bring(source, listing, tmp_path) == {"tiny q4.gguf": WEIGHTS}
+    assert all(asked["PRIVATE-TOKEN"] == "sesame" for asked in server.asked)
+    assert len(other.asked) == 2
+    assert not [asked for asked in other.asked if "sesame" in str(asked)]
+
+
+@pytest.mark.parametrize("target", ["ftp://host/x?X-Amz-Signature=sesame", "http://[::1/?sesame"])
+async def test_a_redirect_to_nowhere_says_nothing_of_where(server: Server, target: str) -> None:
+    server.status, server.headers = 302, {"Location": target}
+    error = await _refused(_ref(server, "/m.gguf"))
+    assert error.reason is Reason.BAD_RESPONSE
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["another time", "no time"])
+async def test_a_file_of_a_time_is_never_of_two_times(
+    two: tuple[Server, Server], tmp_path: Path, says: bool
+) -> None:
+    """Where the host that a redirect leads to ignores the condition: half of it is here."""
+    server, other = two
+    first = {"Last-Modified": "Sat, 21 Nov 2026 10:00:00 GMT"}
+    second = {"Last-Modified": "Sat, 21 Nov 2026 11:00:00 GMT"} if says else {}
+    other.headers, other.heedless = first, True
+    listing = await Web().list(_ref(server))
+    other.headers, other.data = second, b"x" * len(WEIGHTS)
+    with pytest.raises(AgentError) as caught:
+        await bring(Web(), listing, tmp_path)
+    assert caught.value.reason is Reason.SOURCE_CHANGED
+    assert {asked["If-Unmodified-Since"] for asked in other.asked[1:]} == set(first.values())
