@@ -22,7 +22,7 @@ class KServe:
     """Its configuration as it is now. `namespace` is where it has its ConfigMap."""
 
     def __init__(self, api: Api, *, namespace: str, changed: Callable[[], None]) -> None:
-        self._name = f"ConfigMap {namespace}/{CONFIG_MAP}"
+        self._need = Need(Kind.CONFIG_MAP, namespace, CONFIG_MAP)
         self._changed = changed
         self._there: bool | None = None
         self._config: Watch[Json] = Watch(
@@ -60,7 +60,7 @@ class KServe:
         """Whether this object is watched, and what it is; None where there is none."""
         if need.kind is Kind.STORAGE_CONTAINERS:
             return True, self.containers
-        if str(need) == self._name:
+        if need == self._need:
             return True, self._map
         return False, None
 
@@ -73,5 +73,5 @@ class KServe:
         if there is not self._there and self._config.current:
             self._there = there
             told = "is read" if there else "is not there, or not ours to read: its defaults hold"
-            _log.info("%s %s", self._name, told)
+            _log.info("%s %s", self._need, told)
         self._changed()

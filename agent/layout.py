@@ -42,7 +42,7 @@ FILE_MODE = 0o444
 PRIVATE_MODE = 0o700
 NOTE_MODE = 0o644  # manifests and progress lines
 
-ArchiveKind = Literal["tar", "zip", "refused"]
+ArchiveKind = Literal["tar", "zip", "unsupported"]
 
 _ARCHIVES: Mapping[str, ArchiveKind] = {
     ".tar": "tar",
@@ -50,7 +50,7 @@ _ARCHIVES: Mapping[str, ArchiveKind] = {
     ".tgz": "tar",
     ".zip": "zip",
     # Their windows are as large as whoever packed them likes: memory that the agent has not got.
-    **dict.fromkeys((".tar.bz2", ".tbz2", ".tar.xz", ".txz"), "refused"),
+    **dict.fromkeys((".tar.bz2", ".tbz2", ".tar.xz", ".txz"), "unsupported"),
 }
 
 _NAME_MAX = 255  # bytes in one name, on every Linux file system that matters

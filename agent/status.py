@@ -25,6 +25,18 @@ KSERVE_STATUS: Mapping[Phase, str] = {
 UNPROVEN = "Unproven"
 """Why a model that is here waits for one of its caches, as `Blocked` says it for all of them."""
 
+WAITS: Mapping[str, str] = {
+    Blocked.QUEUED: "others are being fetched, or have a higher priority; it is next by itself",
+    Blocked.BACKING_OFF: "the last try failed, and the time of the next one has not come",
+    Blocked.INSUFFICIENT_CAPACITY: "nothing that may go would make room for it; the message says"
+    " how many bytes are missing",
+    Blocked.LARGER_THAN_VOLUME: "it is larger than the cache, its limit or that of its node group",
+    Blocked.FOREIGN_DIRECTORY: "another agent's directory has its place and cannot be taken over;"
+    " the message says why",
+    UNPROVEN: "it is here, and the credentials that this cache names have not led to it yet",
+}
+"""Why a wanted model is not Ready although nothing has failed, for the reason of its status."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:

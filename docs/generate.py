@@ -20,7 +20,7 @@ from agent.errors import RULES
 from agent.metrics import Metrics
 from agent.model import Space, Traffic
 from agent.phases import MEANING, TRANSITIONS, Phase
-from agent.status import KSERVE_STATUS
+from agent.status import KSERVE_STATUS, WAITS
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Generated from {source} by `make docs`; a test compares. Do not edit. -->\n"
@@ -58,7 +58,9 @@ def reasons() -> str:
         again = "not by itself" if isinf(first) else f"{_span(first)} to {_span(cap)}"
         rows.append((f"`{reason}`", str(rule.tries), again, rule.advice))
     columns = ("Reason", "Tries of a file", "Then again after", "What to do")
-    return "\n".join([*head, _table(columns, rows)])
+    waits = _table(("Reason", "Means"), ((f"`{why}`", means) for why, means in WAITS.items()))
+    title = "\n## Why a wanted model waits\n\nNothing has failed; the status says so, too.\n"
+    return "\n".join([*head, _table(columns, rows), title, waits])
 
 
 def _span(seconds: float) -> str:

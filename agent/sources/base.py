@@ -63,10 +63,10 @@ def pin(
     return Listing(ref=ref, revision=revision, files=left)
 
 
-def is_archive(files: Sequence[RemoteFile]) -> bool:
+def is_archive(paths: Sequence[str]) -> bool:
     """Whether this is all there is, and it is to be unpacked, as KServe's initializer would: by its
     name, and never one among others (kserve.md 5.3)."""
-    return len(files) == 1 and archive_kind(files[0].path) is not None
+    return len(paths) == 1 and archive_kind(paths[0]) is not None
 
 
 def pack(ref: ModelRef, revision: str, archive: RemoteFile) -> Listing:
@@ -74,7 +74,7 @@ def pack(ref: ModelRef, revision: str, archive: RemoteFile) -> Listing:
     knows yet. Raises Unsupported, UnsafePath.
     """
     check_paths([archive.path])
-    if archive_kind(archive.path) == "refused":
+    if archive_kind(archive.path) == "unsupported":
         raise AgentError(
             Reason.UNSUPPORTED,
             f"{archive.path} is compressed in a way that is not unpacked; pack it as .tar, .tar.gz"

@@ -70,7 +70,7 @@ class Web:
         file = RemoteFile(
             path=name, size=int(size), origin=name, digest=_promised(found), version=version
         )
-        return pack(ref, revision, file) if is_archive([file]) else pin(ref, revision, [file])
+        return pack(ref, revision, file) if is_archive([name]) else pin(ref, revision, [file])
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         headers = self._headers(listing.ref.uri)

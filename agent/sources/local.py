@@ -14,9 +14,8 @@ from urllib.parse import unquote_to_bytes
 
 from agent.errors import AgentError, Reason
 from agent.files import source_errors, version_of
-from agent.layout import archive_kind
 from agent.model import Listing, Locator, ModelRef, PathLocator, RemoteFile
-from agent.sources.base import pack, pin, selected
+from agent.sources.base import is_archive, pack, pin, selected
 from agent.threads import looking
 
 
@@ -65,7 +64,7 @@ def _list(ref: ModelRef) -> Listing:
         try:
             names = [(root, root.name)] if not root.is_dir() else list(_walk(root))
             # What is left out may be anything; of one archive, the patterns are for what is in it.
-            alone = len(names) == 1 and archive_kind(names[0][1]) is not None
+            alone = is_archive([name for _, name in names])
             files = [
                 _file(path, name)
                 for path, name in names

@@ -214,7 +214,7 @@ class S3:
             found = [_object(entry) for entry in self._entries(client, ref, address)]
             if sum(file.size for file in found) >= _SIZES:
                 raise ValueError("it lists more bytes than there can be")
-        if is_archive(found):
+        if is_archive([file.path for file in found]):
             return found, True
         single = _is_named(address, found)
         chosen = [file for file in found if single or selected(file.path, ref)]

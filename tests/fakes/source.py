@@ -123,7 +123,11 @@ class FakeSource:
         if ref.uri not in self._models:
             raise AgentError(Reason.REPOSITORY_NOT_FOUND, f"{ref.uri} was not added")
         revision, files = self._models[ref.uri]
-        return pack(ref, revision, files[0]) if is_archive(files) else pin(ref, revision, files)
+        return (
+            pack(ref, revision, files[0])
+            if is_archive([file.path for file in files])
+            else pin(ref, revision, files)
+        )
 
     async def locate(self, listing: Listing, file: RemoteFile) -> Locator:
         await self._behave("locate", file.path)

@@ -399,6 +399,7 @@ async def test_a_newer_archive_takes_the_place_of_an_older_one(volume: Volume) -
         (tarball({"line\nfeed": b""}), Reason.UNSAFE_PATH),
         (tarball({}), Reason.EMPTY_LISTING),
     ],
+    ids=["cut off", "no archive", "outside", "file and directory", "slash", "line feed", "empty"],
 )
 async def test_it_is_refused_until_a_better_one_is_there(
     volume: Volume, data: bytes, reason: Reason
