@@ -34,7 +34,7 @@ from agent.model import (
 from agent.ratelimits import RateLimits
 from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.sources.base import pin
-from agent.store import Store
+from agent.store import Store, Versions
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
 from agent.unpack import Unpacker
@@ -46,6 +46,7 @@ _HOPELESS = frozenset(
     {Reason.DISK_FULL, Reason.READ_ONLY, Reason.PERMISSION_DENIED, Reason.DISK_ERROR}
 )
 
+_HASHES = 5  # of one file, while others give it names
 
 Copies = dict[tuple[str, int], list[tuple[CacheKey, str]]]
 """Where sealed models have a file, by its SHA-256 and size (`Store.copies`)."""
@@ -237,22 +238,25 @@ class Fetcher:
 
     async def check_proven(self, proven: Manifest) -> None:
         """Raise DiskError if what `fetch` has proven was written into since."""
-        await looking(lambda: self._refuse_changed(proven))
+        await looking(lambda: self._store.check_unchanged(proven, self._versions(proven)))
 
     async def seal(self, proven: Manifest) -> None:
         """Publish what `fetch` has proven, if it is still what was proven. Raises DiskError."""
         await self.check_proven(proven)
-        await changing(lambda: self._store.seal(proven))
+        await changing(lambda: self._store.seal(proven, self._versions(proven)))
         self._forget(proven)
 
     async def make_ready(self, proven: Manifest) -> None:
         """All of a seal that may still be undone (`Store.make_ready`). Raises DiskError."""
         await self.check_proven(proven)
-        await changing(lambda: self._store.make_ready(proven))
+        versions = self._versions(proven)
+        ready = await changing(lambda: self._store.make_ready(proven, versions))
+        for file in proven.files:
+            self._proven[self._place(proven, file)] = (ready[file.path], file.sha256)
 
     async def exchange(self, proven: Manifest) -> None:
-        """Put what was made ready in the place of what another agent left."""
-        await changing(lambda: self._store.exchange(proven.ref.key))
+        """Put what was made ready in the place of what another agent left. Raises DiskError."""
+        await changing(lambda: self._store.exchange(proven, self._versions(proven)))
         self._forget(proven)
 
     def _pinned(self, want: Want) -> Listing:
@@ -288,19 +292,22 @@ class Fetcher:
         key, proven = listing.key, self._store.tree(listing.key) / file.path
         partial = self._store.partial(key) / file.path
         digest = await self._receive(source, listing, file, partial, tally)
+        # Noted before the rename, which changes nothing of it: who can write into the tree might
+        # put another in its place after that.
+        await looking(lambda: self._note_proven(proven, digest, partial))
         await changing(lambda: self._store.promote(key, file.path))
-        await looking(lambda: self._note_proven(proven, digest))
         return digest
 
-    def _note_proven(self, path: Path, digest: str) -> None:
-        self._proven[path] = (_version(path), digest)
+    def _note_proven(self, path: Path, digest: str, found_at: Path) -> None:
+        self._proven[path] = (_version(found_at), digest)
 
     async def _here(
         self, listing: Listing, file: RemoteFile, copies: Copies, beside: bool, tally: Tally
     ) -> str | None:
         """The digest of a file that need not be brought; of a wrong one, nothing is left."""
         key, proven = listing.key, self._store.tree(listing.key) / file.path
-        if (version := await looking(lambda: _version(proven))) is not None:
+        version = await looking(lambda: self._store.version(key, file.path))
+        if version is not None:
             if (digest := await self._found(proven, version, file)) is not None:
                 tally.add(file.size, 0)
                 return digest
@@ -398,7 +405,7 @@ class Fetcher:
             tally.add(archive.size, 0)
         else:
             digest = await self._receive(source, listing, archive, path, tally)
-            await looking(lambda: self._note_proven(path, digest))
+            await looking(lambda: self._note_proven(path, digest, path))
         return replace(archive, digest=Digest("sha256", digest))
 
     async def _look_inside(
@@ -431,10 +438,8 @@ class Fetcher:
         return digest
 
     async def _adopt_all(self, listing: Listing, tally: Tally) -> None:
-        tree = self._store.tree(listing.key)
-
         async def one(file: RemoteFile) -> None:
-            if await looking(lambda: _version(tree / file.path)) is None:
+            if await looking(lambda: self._store.version(listing.key, file.path)) is None:
                 await self._adopt(listing, file, tally)
 
         tally.verify()
@@ -453,11 +458,11 @@ class Fetcher:
         return digest
 
     async def _share_all(self, listing: Listing, tally: Tally) -> None:
-        copies, tree = await looking(self._store.copies), self._store.tree(listing.key)
+        copies = await looking(self._store.copies)
 
         async def one(file: RemoteFile) -> None:
             # What is there already is hashed by `fetch`, and replaced only if it is wrong.
-            if await looking(lambda: _version(tree / file.path)) is None:
+            if await looking(lambda: self._store.version(listing.key, file.path)) is None:
                 await self._share(listing, file, copies, tally)
 
         files = [file for file in listing.files if _places(file, copies)]
@@ -482,12 +487,12 @@ class Fetcher:
     ) -> str | None:
         """Link a file that has a model's place, and whose every byte was hashed just now; its
         digest."""
-        source, target = self._store.model(key) / path, self._store.tree(listing.key) / file.path
+        source = self._store.model(key) / path
         version = await looking(lambda: _version(source))
         if version is None or version in self._unlinkable:
             return None
         try:
-            digest = await self._engine.hash(source, size=file.size, promised=file.digest)
+            digest = await self._hashed(source, file)
         except AgentError:  # not to be read: its own model's trouble, this one is fetched
             return None
         if digest is None:
@@ -498,29 +503,41 @@ class Fetcher:
         if not await changing(lambda: link(listing.key, file.path, source)):
             self._unlinkable.add(version)
             return None
-        if await looking(lambda: _version(target)) != version:  # not the very file that was hashed
+        target = self._store.tree(listing.key) / file.path
+        # Not the very file that was hashed?
+        if await looking(lambda: self._store.version(listing.key, file.path)) != version:
             await changing(lambda: self._store.discard(listing.key, file.path))
             return None
         self._proven[target] = (version, digest)
         return digest
 
-    def _refuse_changed(self, proven: Manifest) -> None:
-        """Raise DiskError for a file that somebody wrote into after it was proven.
+    async def _hashed(self, source: Path, file: RemoteFile) -> str | None:
+        """The digest of a file that pods may be able to write into, if it keeps the promise.
 
-        One that is shared is in reach of the pods that mount the other model.
+        Fsynced first: into a page that is mapped and dirty already, more can be written without
+        a new time. Bytes that were written during the hash are told by the ctime, which nobody can
+        set, even where the mtime was put back. Another name for the file, or one less, changes
+        the ctime as well: so it is hashed again, and given up where that goes on.
         """
-        tree = self._store.tree(proven.ref.key)
-        for file in proven.files:
-            if self._proven[tree / file.path][0] != _version(tree / file.path):
-                raise AgentError(
-                    Reason.DISK_ERROR,
-                    f"{file.path} of {proven.ref.uri} changed on the disk after it was proven",
-                )
+        for _ in range(_HASHES):
+            await changing(lambda: self._store.settle(source))
+            before = await looking(lambda: _ctime(source))
+            digest = await self._engine.hash(source, size=file.size, promised=file.digest)
+            if digest is None or await looking(lambda: _ctime(source)) == before:
+                return digest
+        raise AgentError(Reason.SOURCE_CHANGED, f"{source} changed each time that it was hashed")
+
+    def _versions(self, proven: Manifest) -> Versions:
+        """What its files were when they were proven."""
+        known = {file.path: self._proven.get(self._place(proven, file)) for file in proven.files}
+        return {path: found[0] for path, found in known.items() if found and found[0]}
+
+    def _place(self, proven: Manifest, file: SealedFile) -> Path:
+        return self._store.tree(proven.ref.key) / file.path
 
     def _forget(self, proven: Manifest) -> None:
-        tree = self._store.tree(proven.ref.key)
         for file in proven.files:
-            self._proven.pop(tree / file.path, None)
+            self._proven.pop(self._place(proven, file), None)
 
     async def damaged(self, found: Manifest) -> list[str]:
         """Hash every byte of a sealed model; the paths that are not what was sealed."""
@@ -591,6 +608,14 @@ def _version(path: Path) -> str | None:
     """None if there is no such file."""
     try:
         return version_of(path.lstat())
+    except OSError:
+        return None
+
+
+def _ctime(path: Path) -> int | None:
+    """When anything of a file changed last, nanoseconds; None if there is no such file."""
+    try:
+        return path.lstat().st_ctime_ns
     except OSError:
         return None
 

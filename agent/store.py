@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent import layout, manifest, pinned, trees
 from agent.errors import AgentError, Reason
-from agent.files import Files, disk_errors
+from agent.files import Files, disk_errors, version_at
 from agent.foreign import Seen, judge, unreadable
 from agent.lock import Lock
 from agent.manifest import Manifest
@@ -29,6 +29,9 @@ from agent.model import (
 )
 from agent.recover import Fix, Found, recover
 from agent.trash import Trash
+
+Versions = Mapping[str, str]
+"""What the files of an ingest are, by path (`Store.version`)."""
 
 _OFFERED = frozenset({"manifest", "retiring"})  # notes beside a directory that was once whole
 
@@ -242,6 +245,29 @@ class Store:
         """Where the unproven files of an ingest are."""
         return self._ingest(key) / layout.PARTIAL
 
+    def version(self, key: CacheKey, path: str) -> str | None:
+        """A token for the bytes of a file in the tree of an ingest; None if there is no such file.
+
+        Raises DiskError where a link leads to it: a pod may have put one there, whose mount of a
+        model goes on through its repair.
+        """
+        return version_at(self.tree(key) / path, self._ingest(key))
+
+    def versions(self, sealed: Manifest) -> Versions:
+        """Those of all files that are to be sealed."""
+        found = {file.path: self.version(sealed.ref.key, file.path) for file in sealed.files}
+        return {path: version for path, version in found.items() if version is not None}
+
+    def check_unchanged(self, sealed: Manifest, proven: Versions) -> None:
+        """Raise DiskError for a file that somebody wrote into after it was proven.
+
+        One that is shared is in reach of the pods that mount the other model.
+        """
+        now = self.versions(sealed)
+        for file in sealed.files:
+            if file.path not in proven or now.get(file.path) != proven[file.path]:
+                raise _changed(file.path, sealed)
+
     def archive(self, key: CacheKey) -> Path:
         """Where the archive is that the files of an ingest come in."""
         return self._ingest(key) / layout.ARCHIVE
@@ -331,7 +357,8 @@ class Store:
                     self._keep_only(top, kept)
                 self._files.make_directory(top, layout.DIRECTORY_MODE)
                 for directory in trees.parents(file.path for file in listing.files):
-                    self._files.make_directory(top / directory, layout.DIRECTORY_MODE)
+                    mode = layout.DIRECTORY_MODE
+                    self._files.make_directory(top / directory, mode, below=top)
             # The listing comes last: with it, the tree beside it is the one being built. Without
             # the tree, it would say after a power cut that what has the model's place is ours.
             if previous != listing:
@@ -359,10 +386,10 @@ class Store:
         """Unlink what is not named, whatever it is, and the directories that hold nothing then."""
         for path in list(trees.files_below(top)):
             if str(path.relative_to(top)) not in kept:
-                self._files.unlink(path)
+                self._files.unlink(path, below=top)
         for directory in trees.directories_below(top):
             if directory != top and not any(directory.iterdir()):
-                self._files.remove_directory(directory)
+                self._files.remove_directory(directory, below=top)
 
     def abandon(self, key: CacheKey) -> None:
         """Give up what was begun, or salvaged, and is not sealed; `sweep` gives the bytes back.
@@ -393,7 +420,8 @@ class Store:
     def promote(self, key: CacheKey, path: str) -> None:
         """A partial file was proven and fsynced: give it its name in the tree."""
         with disk_errors(f"keep {path}"):
-            self._files.rename(self.partial(key) / path, self.tree(key) / path)
+            proven, place = self.partial(key) / path, self.tree(key) / path
+            self._files.rename(proven, place, below=self._ingest(key))
 
     def link(self, key: CacheKey, path: str, source: Path) -> bool:
         """Give a file of a sealed model a second name, in the tree of an ingest.
@@ -405,7 +433,7 @@ class Store:
             if not trees.is_reached(self.root / layout.MODELS, source):
                 return False
             try:
-                self._files.link(source, self.tree(key) / path)
+                self._files.link(source, self.tree(key) / path, below=self._ingest(key))
             except OSError as error:
                 if error.errno in _NO_LINK:
                     return False
@@ -416,12 +444,17 @@ class Store:
     def adopt(self, key: CacheKey, path: str, source: Path) -> bool:
         """The same for a file of a directory that somebody else left, and may have left to the page
         cache."""
-        with disk_errors(f"adopt {path}"):
+        return self.settle(source) and self.link(key, path, source)
+
+    def settle(self, source: Path) -> bool:
+        """Fsync what others may have written into a file of a model. False: no link is made of it,
+        since something else than real directories leads there."""
+        with disk_errors(f"settle {source}"):
             if not trees.is_reached(self.root / layout.MODELS, source):
                 return False
             with suppress(FileNotFoundError):
                 self._files.sync_file(source)
-        return self.link(key, path, source)
+            return True
 
     def discard(self, key: CacheKey, path: str) -> None:
         """A file of the tree turned out wrong: it is fetched again, from nothing.
@@ -429,26 +462,28 @@ class Store:
         Other models that share it keep theirs.
         """
         with disk_errors(f"discard {path}"):
-            self._files.unlink(self.tree(key) / path)
+            self._files.unlink(self.tree(key) / path, below=self._ingest(key))
 
     def drop_archive(self, key: CacheKey) -> None:
         """All of it is unpacked and proven: it is not needed any more."""
         with disk_errors("remove an archive"):
             self._files.unlink(self.archive(key))
 
-    def seal(self, sealed: Manifest) -> None:
+    def seal(self, sealed: Manifest, proven: Versions | None = None) -> None:
         """Publish a proven ingest (design D3). Every file in it is fsynced already.
 
-        Each step leaves a state that `recover` knows. Raises ForeignDirectory when something that
-        is not ours is in the way.
+        `proven` is what every file was when it was proven; by default, what it is now. Each step
+        leaves a state that `recover` knows. Raises ForeignDirectory when something that is not ours
+        is in the way, DiskError when a file is not what was proven.
         """
         key = sealed.ref.key
         tree, target = self.tree(key), self.model(key)
         with disk_errors(f"seal {sealed.ref.uri}"):
-            self._make_ready(sealed)
+            ready = self._make_ready(sealed, proven)
             try:
+                self.check_unchanged(sealed, ready)
                 self._files.rename(tree, target)  # also over an empty one that kubelet made
-            except OSError:
+            except (OSError, AgentError):
                 # Never leave the note beside a directory that is not ours: without the ingest, it
                 # would say that it is.
                 self._files.unlink(self.root / layout.sealing(key))
@@ -456,28 +491,38 @@ class Store:
                 raise
             self._offer(key)
 
-    def make_ready(self, sealed: Manifest) -> None:
-        """Do all of a seal that takes time, and may still be undone, before `exchange`."""
+    def make_ready(self, sealed: Manifest, proven: Versions | None = None) -> Versions:
+        """Do all of a seal that takes time, and may still be undone, before `exchange`.
+
+        `proven` as for `seal`. Returns what every file is now: its time may be another.
+        """
         with disk_errors(f"make {sealed.ref.uri} ready"):
-            self._make_ready(sealed)
+            return self._make_ready(sealed, proven)
 
     def cancel_ready(self, key: CacheKey) -> None:
         """Somebody came: what is in its place stays there."""
         with disk_errors(f"keep {key}"):
             self._drop_note(layout.sealing(key))
 
-    def exchange(self, key: CacheKey) -> None:
+    def exchange(self, sealed: Manifest, ready: Versions | None = None) -> None:
         """Publish what was made ready, in the place of a directory that is not ours.
 
         That one is lost only once ours is on offer: killed before, `recover` puts it back. Between
-        the two renames nothing has the name; there is no wait between them.
+        the two renames nothing has the name; there is no wait between them. Raises DiskError when a
+        file is not what `make_ready` left (`ready`; by default, what it is now).
         """
+        key = sealed.ref.key
         target, aside = self.model(key), self._replaced(key)
         if trees.is_directory(aside):
             raise AgentError(
                 Reason.FOREIGN_DIRECTORY, f"{aside} has lost its place to {target}; move one away"
             )
         with disk_errors(f"put {key} in its place"):
+            try:
+                self.check_unchanged(sealed, self.versions(sealed) if ready is None else ready)
+            except AgentError:
+                self._drop_note(layout.sealing(key))  # not beside what is not ours
+                raise
             self._files.rename(target, aside)
             try:
                 self._files.rename(self.tree(key), target)
@@ -487,13 +532,14 @@ class Store:
                 raise
             self._offer(key)
 
-    def _make_ready(self, sealed: Manifest) -> None:
+    def _make_ready(self, sealed: Manifest, proven: Versions | None) -> Versions:
         tree = self.tree(sealed.ref.key)
-        self._make_exact(tree, sealed)
+        ready = self._make_exact(tree, sealed, proven)
         self._note_sealing(sealed)
         for directory in trees.directories_below(tree):
             self._files.sync_directory(directory)
         self._files.sync_directory(self.root / layout.MANIFESTS)
+        return ready
 
     def _offer(self, key: CacheKey) -> None:
         """It has its place: now its manifest. What is left of the ingest goes after that."""
@@ -514,24 +560,29 @@ class Store:
                 self._files.rename(offer, note)
             raise
 
-    def _make_exact(self, tree: Path, sealed: Manifest) -> None:
+    def _make_exact(self, tree: Path, sealed: Manifest, proven: Versions | None) -> Versions:
         """A model holds exactly the upstream files, whatever was done to its directory.
 
         Modes too: an fsGroup makes what kubelet finds writable, and a killed mkdir leaves the
         umask's. And times: what is later than the seal counts as written to (`damage`), and a clock
-        that was set back must not make that of every file.
+        that was set back must not make that of every file. Nor may it be hidden of a file that was
+        written to: what is not `proven` keeps its time.
         """
+        below = self._ingest(sealed.ref.key)
         self._keep_only(tree, {file.path for file in sealed.files})
         if wrong := trees.not_whole(tree, sealed):
-            raise AgentError(
-                Reason.DISK_ERROR,
-                f"{wrong[0]} of {sealed.ref.uri} changed on the disk after it was proven",
-            )
+            raise _changed(wrong[0], sealed)
+        ready = dict(self.versions(sealed) if proven is None else proven)
         for file in sealed.files:
-            self._files.set_mode(tree / file.path, layout.FILE_MODE)
-            self._files.backdate(tree / file.path, sealed.sealed_at)
+            self._files.set_mode(tree / file.path, layout.FILE_MODE, below=below)
+        for path in trees.written_to(tree, sealed):
+            if self.version(sealed.ref.key, path) != ready.get(path):
+                raise _changed(path, sealed)
+            self._files.backdate(tree / path, sealed.sealed_at, below=below)
+            ready[path] = self.version(sealed.ref.key, path) or ""
         for directory in trees.directories_below(tree):
-            self._files.set_mode(directory, layout.DIRECTORY_MODE)
+            self._files.set_mode(directory, layout.DIRECTORY_MODE, below=below)
+        return ready
 
     def _note_sealing(self, sealed: Manifest) -> None:
         data = manifest.render(sealed).encode()
@@ -729,6 +780,13 @@ class Store:
     def _drop_note(self, path: str) -> None:
         self._files.unlink(self.root / path)
         self._files.sync_directory(self.root / layout.MANIFESTS)
+
+
+def _changed(path: str, sealed: Manifest) -> AgentError:
+    return AgentError(
+        Reason.DISK_ERROR,
+        f"{path} of {sealed.ref.uri} changed on the disk after it was proven",
+    )
 
 
 def _refuse_foreign(target: Path) -> None:

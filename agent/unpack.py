@@ -12,11 +12,11 @@ from agent.transfer import Engine, Target
 
 
 class Unpacker:
-    """Of one store. `proven` is told, in any thread, of each file that is in its place, with its
-    SHA-256."""
+    """Of one store. `proven` is told, in any thread, of each file that is to have its place now,
+    with its SHA-256, and where it is until then."""
 
     def __init__(
-        self, store: Store, engine: Engine, *, proven: Callable[[Path, str], None]
+        self, store: Store, engine: Engine, *, proven: Callable[[Path, str, Path], None]
     ) -> None:
         self._store = store
         self._engine = engine
@@ -51,15 +51,15 @@ class Unpacker:
 
     def _target(self, key: CacheKey, file: RemoteFile, told: Callable[[str, str], None]) -> Target:
         assert file.digest is not None  # of the first reading, or of the manifest
-        digest = file.digest
+        digest, partial = file.digest, self._store.partial(key) / file.path
 
         def proven() -> None:
+            self._proven(self._store.tree(key) / file.path, digest.hex, partial)
             self._store.promote(key, file.path)
-            self._proven(self._store.tree(key) / file.path, digest.hex)
             told(file.path, digest.hex)
 
         return Target(
-            path=self._store.partial(key) / file.path,
+            path=partial,
             size=file.size,
             promised=digest,
             proven=proven,

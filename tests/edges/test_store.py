@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
+from unittest.mock import patch
 
 import pytest
 
@@ -116,11 +117,11 @@ def test_a_failed_open_does_not_lock_out_the_next(root: Path) -> None:
     class Once(Files):
         failed = False
 
-        def make_directory(self, path: Path, mode: int) -> None:
+        def make_directory(self, path: Path, mode: int, *, below: Path | None = None) -> None:
             if path.name == layout.MODELS and not self.failed:
                 self.failed = True
                 raise OSError(28, "No space left on device")
-            super().make_directory(path, mode)
+            super().make_directory(path, mode, below=below)
 
     store = Store(root, Once())
     with pytest.raises(AgentError) as caught:
@@ -143,7 +144,7 @@ def test_a_lock_that_is_a_symlink_is_not_followed(root: Path, tmp_path: Path) ->
 
 def test_a_read_only_file_system_is_named_as_such(root: Path) -> None:
     class ReadOnly(Files):
-        def make_directory(self, path: Path, mode: int) -> None:
+        def make_directory(self, path: Path, mode: int, *, below: Path | None = None) -> None:
             raise OSError(30, "Read-only file system")
 
     with pytest.raises(AgentError, match="Read-only file system") as caught:
@@ -496,7 +497,7 @@ def test_of_two_that_are_not_ours_neither_is_lost(store: Store, root: Path) -> N
         assert (aside / "theirs").read_bytes() == b"1"
         assert (target / "theirs").read_bytes() == b"2"
     with pytest.raises(AgentError, match="move one away") as caught:
-        store.exchange(KEY)
+        store.exchange(sealed(listing()))
     assert reason(caught) is Reason.FOREIGN_DIRECTORY
     store.abandon(KEY)
     assert store.ingests() == {}
@@ -514,11 +515,11 @@ def test_what_appears_in_the_last_moment_is_not_replaced_either(root: Path) -> N
     target = root / layout.model(KEY)
 
     class Late(Files):
-        def rename(self, source: Path, target_: Path) -> None:
+        def rename(self, source: Path, target_: Path, *, below: Path | None = None) -> None:
             if target_ == target and not target.exists():
                 target.mkdir()
                 write(target / "theirs", b"?")
-            super().rename(source, target_)
+            super().rename(source, target_, below=below)
 
     store = Store(root, Late())
     store.open()
@@ -536,10 +537,10 @@ def test_a_seal_that_is_published_has_not_failed(root: Path) -> None:
     """What is left to tidy up after it must not look like an error to anybody."""
 
     class Untidy(Files):
-        def rename(self, source: Path, target: Path) -> None:
+        def rename(self, source: Path, target: Path, *, below: Path | None = None) -> None:
             if layout.TRASH in str(target):
                 raise OSError(28, "No space left on device")
-            super().rename(source, target)
+            super().rename(source, target, below=below)
 
     store = Store(root, Untidy())
     store.open()
@@ -616,6 +617,61 @@ def test_a_clock_that_was_set_back_damages_nothing(store: Store) -> None:
     found = store.manifest(KEY)
     assert found is not None
     assert store.damage(KEY, found) == []
+
+
+def test_what_was_written_after_its_proof_is_not_sealed(store: Store) -> None:
+    """Nor is its time put back, which would hide it from every look."""
+    path = _proven(store) / "weights/shard.bin"
+    proven = store.versions(sealed(listing()))
+    path.chmod(0o644)
+    path.write_bytes(b"w" * 70)
+    with pytest.raises(AgentError, match=r"weights/shard.bin of .* changed on the disk") as caught:
+        store.seal(sealed(listing()), proven)
+    assert reason(caught) is Reason.DISK_ERROR
+    assert path.stat().st_mtime > sealed(listing()).sealed_at
+    assert store.entries() == []
+
+
+def test_what_is_written_during_its_seal_is_not_sealed(root: Path) -> None:
+    """In the second of the seal, or with a time of its own: no later look would tell."""
+
+    class Late(Files):
+        def write(self, path: Path, data: bytes, mode: int) -> None:
+            super().write(path, data, mode)
+            if path == root / layout.sealing(KEY) and shard.read_bytes() == proven:
+                write(shard, b"w" * 70, mode=0o444)
+                os.utime(shard, (0, 1_600_000_000))
+
+    store = Store(root, Late())
+    store.open()
+    shard, proven = _proven(store) / "weights/shard.bin", CONTENTS["weights/shard.bin"]
+    with pytest.raises(AgentError, match=r"weights/shard.bin of .* changed on the disk") as caught:
+        store.seal(sealed(listing()))
+    assert reason(caught) is Reason.DISK_ERROR
+    assert list((root / layout.MANIFESTS).iterdir()) == []
+    assert shard.read_bytes() != proven
+    store.close()
+
+
+def test_what_is_written_before_the_exchange_does_not_take_the_place(
+    store: Store, root: Path
+) -> None:
+    theirs = snapshot(leave(root, {"config.json": b"{}"}))
+    shard = _proven(store) / "weights/shard.bin"
+    ready = store.make_ready(sealed(listing()))
+    write(shard, b"w" * 70, mode=0o444)
+    os.utime(shard, (0, 1_600_000_000))
+    with pytest.raises(AgentError, match=r"weights/shard.bin of .* changed on the disk"):
+        store.exchange(sealed(listing()), ready)
+    assert snapshot(store.model(KEY)) == theirs
+    assert list((root / layout.MANIFESTS).iterdir()) == [], "nothing that says it were ours"
+
+
+def _proven(store: Store) -> Path:
+    """The tree of an ingest that is complete."""
+    store.begin(listing())
+    bring(store, KEY, CONTENTS)
+    return store.tree(KEY)
 
 
 # -- sharing ------------------------------------------------------------------------------------
@@ -759,6 +815,71 @@ def test_a_pod_keeps_its_files_through_a_repair(offered: Store, root: Path) -> N
     finally:
         os.close(mounted)
     check_offers(root)
+
+
+MISLED: dict[str, Callable[[Store, Path], object]] = {
+    "discard": lambda store, other: store.discard(KEY, "weights/shard.bin"),
+    "promote": lambda store, other: bring(store, KEY, {"weights/shard.bin": b"evil"}),
+    "link": lambda store, other: store.link(KEY, "weights/new.bin", other / "config.json"),
+    "look": lambda store, other: store.version(KEY, "weights/shard.bin"),
+}
+
+
+@pytest.mark.parametrize("act", MISLED)
+def test_a_pod_leads_no_repair_into_another_model(offered: Store, root: Path, act: str) -> None:
+    """Its mount goes on through the repair: of a directory, it can make a link to the other."""
+    uri = "hf://org/other"
+    finish(offered, listing(uri=uri), CONTENTS)
+    other = offered.model(key_of(uri))
+    mounted = os.open(offered.model(KEY), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        offered.reopen(KEY)
+        offered.begin(listing())
+        os.rename("weights", "away", src_dir_fd=mounted, dst_dir_fd=mounted)
+        os.symlink(f"../../../../models/{other.name}/weights", "weights", dir_fd=mounted)
+    finally:
+        os.close(mounted)
+    assert (offered.tree(KEY) / "weights").samefile(other / "weights"), "it does lead there"
+    before = snapshot(other)
+    with pytest.raises(AgentError, match="somebody else writes into the cache") as caught:
+        MISLED[act](offered, other)
+    assert reason(caught) is Reason.DISK_ERROR
+    assert snapshot(other) == before
+    finish(offered, listing())  # the next try
+    assert snapshot(other) == before
+    check_offers(root)
+
+
+@pytest.mark.parametrize("verb", ["make_directory", "unlink", "set_mode", "backdate"])
+def test_a_directory_that_becomes_a_link_in_the_last_moment_leads_nowhere(
+    root: Path, tmp_path: Path, verb: str
+) -> None:
+    """After all that could be looked at was looked at."""
+    real, outside = getattr(Files, verb), tmp_path / "outside"
+
+    def meddled(files: Files, path: Path, *rest: object, **below: object) -> None:
+        if path.parent == way and not way.is_symlink():
+            way.rename(tmp_path / "away")
+            way.symlink_to(outside)
+        real(files, path, *rest, **below)
+
+    (outside / "deep").mkdir(parents=True, mode=0o700)
+    write(outside / "shard.bin", b"a" * 70)
+    write(outside / "litter", b"?")
+    before = snapshot(outside)
+    store = Store(root)
+    store.open()
+    way = _proven(store) / "weights"
+    write(way / "litter", b"?")
+    begins = verb in ("make_directory", "unlink")
+    with patch.object(Files, verb, meddled), pytest.raises(AgentError) as caught:
+        store.begin(listing()) if begins else store.seal(sealed(listing()))
+    assert reason(caught) is Reason.DISK_ERROR
+    assert snapshot(outside) == before
+    assert (outside / "shard.bin").stat().st_mtime > sealed(listing()).sealed_at
+    finish(store, listing())
+    check_offers(root)
+    store.close()
 
 
 def test_a_repair_displaces_what_was_begun_beside_it(offered: Store, root: Path) -> None:

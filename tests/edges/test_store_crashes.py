@@ -188,10 +188,10 @@ def half_sealed(root: Path) -> None:
     manifests = root / layout.MANIFESTS
 
     class Failing(Files):
-        def rename(self, source: Path, target: Path) -> None:
+        def rename(self, source: Path, target: Path, *, below: Path | None = None) -> None:
             if target == manifests / KEY:
                 raise OSError(5, "Input/output error")
-            super().rename(source, target)
+            super().rename(source, target, below=below)
 
     with pytest.raises(Exception, match="Input/output"):
         Store(root, Failing()).seal(sealed(listing()))
@@ -257,7 +257,7 @@ def _adopt(store: Store) -> None:
 
 def _exchange(store: Store) -> None:
     store.make_ready(sealed(LISTING))
-    store.exchange(KEY)
+    store.exchange(sealed(LISTING))
 
 
 def _do_not_exchange(store: Store) -> None:
@@ -580,9 +580,9 @@ class Platter(Files):
     def _name(self, path: Path) -> tuple[int, str]:
         return path.parent.lstat().st_ino, path.name
 
-    def make_directory(self, path: Path, mode: int) -> None:
+    def make_directory(self, path: Path, mode: int, *, below: Path | None = None) -> None:
         new = not path.exists()
-        super().make_directory(path, mode)
+        super().make_directory(path, mode, below=below)
         if new:
             self._directories[path.lstat().st_ino] = {}
             self._pending.append([(*self._name(path), path.lstat().st_ino)])
@@ -592,35 +592,35 @@ class Platter(Files):
         self.remember(path)
         self._pending.append([(*self._name(path), path.lstat().st_ino)])
 
-    def set_mode(self, path: Path, mode: int) -> None:
-        super().set_mode(path, mode)
+    def set_mode(self, path: Path, mode: int, *, below: Path | None = None) -> None:
+        super().set_mode(path, mode, below=below)
         if path.is_file():
             self.remember(path)
 
-    def backdate(self, path: Path, latest: int) -> None:
-        super().backdate(path, latest)
+    def backdate(self, path: Path, latest: int, *, below: Path | None = None) -> None:
+        super().backdate(path, latest, below=below)
         self.remember(path)
 
-    def link(self, source: Path, target: Path) -> None:
-        super().link(source, target)
+    def link(self, source: Path, target: Path, *, below: Path | None = None) -> None:
+        super().link(source, target, below=below)
         self._pending.append([(*self._name(target), target.lstat().st_ino)])
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: Path, target: Path, *, below: Path | None = None) -> None:
         edits: list[Edit] = [
             (*self._name(source), None),
             (*self._name(target), source.lstat().st_ino),
         ]
-        super().rename(source, target)
+        super().rename(source, target, below=below)
         self._pending.append(edits)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: Path, *, below: Path | None = None) -> None:
         if path.exists():
             self._pending.append([(*self._name(path), None)])
-        super().unlink(path)
+        super().unlink(path, below=below)
 
-    def remove_directory(self, path: Path) -> None:
+    def remove_directory(self, path: Path, *, below: Path | None = None) -> None:
         self._pending.append([(*self._name(path), None)])
-        super().remove_directory(path)
+        super().remove_directory(path, below=below)
 
     def remove_tree(self, path: Path) -> None:
         self._pending.append([(*self._name(path), None)])

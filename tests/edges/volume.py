@@ -91,7 +91,7 @@ def take_over(store: Store, pinned: Listing, contents: Mapping[str, bytes] = CON
     else:
         bring_beside(store, pinned, contents)
         store.make_ready(sealed(pinned, contents))
-        store.exchange(pinned.key)
+        store.exchange(sealed(pinned, contents))
 
 
 def bring_beside(store: Store, pinned: Listing, contents: Mapping[str, bytes] = CONTENTS) -> None:
@@ -244,12 +244,12 @@ class Mortal(Files):
             torn()
         raise Killed(f"{self.how} {what}")
 
-    def make_directory(self, path: Path, mode: int) -> None:
+    def make_directory(self, path: Path, mode: int, *, below: Path | None = None) -> None:
         def torn() -> None:  # made, and its mode not set: the umask's worst
             if not path.exists():
                 path.mkdir(0o700)
 
-        self._step(f"make {path}", lambda: self._real.make_directory(path, mode), torn)
+        self._step(f"make {path}", lambda: self._real.make_directory(path, mode, below=below), torn)
 
     def write(self, path: Path, data: bytes, mode: int) -> None:
         def torn() -> None:
@@ -258,20 +258,22 @@ class Mortal(Files):
 
         self._step(f"write {path}", lambda: self._real.write(path, data, mode), torn)
 
-    def rename(self, source: Path, target: Path) -> None:
-        self._step(f"rename {source} {target}", lambda: self._real.rename(source, target))
+    def rename(self, source: Path, target: Path, *, below: Path | None = None) -> None:
+        self._step(
+            f"rename {source} {target}", lambda: self._real.rename(source, target, below=below)
+        )
 
-    def unlink(self, path: Path) -> None:
-        self._step(f"unlink {path}", lambda: self._real.unlink(path))
+    def unlink(self, path: Path, *, below: Path | None = None) -> None:
+        self._step(f"unlink {path}", lambda: self._real.unlink(path, below=below))
 
-    def link(self, source: Path, target: Path) -> None:
-        self._step(f"link {source} {target}", lambda: self._real.link(source, target))
+    def link(self, source: Path, target: Path, *, below: Path | None = None) -> None:
+        self._step(f"link {source} {target}", lambda: self._real.link(source, target, below=below))
 
-    def backdate(self, path: Path, latest: int) -> None:
-        self._step(f"backdate {path}", lambda: self._real.backdate(path, latest))
+    def backdate(self, path: Path, latest: int, *, below: Path | None = None) -> None:
+        self._step(f"backdate {path}", lambda: self._real.backdate(path, latest, below=below))
 
-    def set_mode(self, path: Path, mode: int) -> None:
-        self._step(f"mode {path}", lambda: self._real.set_mode(path, mode))
+    def set_mode(self, path: Path, mode: int, *, below: Path | None = None) -> None:
+        self._step(f"mode {path}", lambda: self._real.set_mode(path, mode, below=below))
 
     def sync_file(self, path: Path) -> None:
         self._step(f"sync {path}", lambda: self._real.sync_file(path))
@@ -279,8 +281,8 @@ class Mortal(Files):
     def sync_directory(self, path: Path) -> None:
         self._step(f"sync {path}", lambda: self._real.sync_directory(path))
 
-    def remove_directory(self, path: Path) -> None:
-        self._step(f"rmdir {path}", lambda: self._real.remove_directory(path))
+    def remove_directory(self, path: Path, *, below: Path | None = None) -> None:
+        self._step(f"rmdir {path}", lambda: self._real.remove_directory(path, below=below))
 
     def remove_tree(self, path: Path) -> None:
         def torn() -> None:

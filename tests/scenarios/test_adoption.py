@@ -403,6 +403,36 @@ async def test_a_pod_that_comes_while_it_is_made_ready_keeps_it(volume: Volume) 
         await volume.reach(URI, Phase.READY)
 
 
+async def test_what_is_written_after_it_was_made_ready_does_not_take_the_place(
+    volume: Volume,
+) -> None:
+    """By a pod that mounts it and has ended since; with a time that no later look would doubt."""
+    path = leave(volume.store.root, LEFT) / "weights/a.bin"
+    sealing = volume.store.root / layout.sealing(KEY)
+    written: list[Path] = []
+
+    def users() -> frozenset[CacheKey]:
+        if sealing.exists() and not written:
+            written.append(path)
+            path.chmod(0o644)
+            path.write_bytes(bytes(len(FILES["weights/a.bin"])))
+            os.utime(path, (1_650_000_000, 1_650_000_000))
+        return frozenset()
+
+    volume.users = users
+    async with volume.turning():
+        volume.want(URI)
+        await volume.until(lambda: written)
+        await volume.turn()
+        assert volume.store.manifest(KEY) is None
+        assert not sealing.exists()
+        await volume.later(60)
+        await volume.later(3600)
+        await volume.reach(URI, Phase.READY)
+    assert files_of(theirs(volume)) == FILES
+    check_offers(volume.store.root)
+
+
 async def test_a_pod_that_the_watch_has_not_heard_of_finds_not_even_a_mode_changed(
     volume: Volume,
 ) -> None:

@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -12,11 +13,21 @@ from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.fetch import Tally
 from agent.files import Files
-from agent.model import CacheKey, ModelRef, RemoteFile, Stage, Want, cache_key
+from agent.manifest import Manifest
+from agent.model import (
+    CacheKey,
+    Digest,
+    Listing,
+    ModelRef,
+    RemoteFile,
+    Stage,
+    Want,
+    cache_key,
+)
 from agent.phases import Phase
-from agent.store import Store
+from agent.store import Store, Versions
 from tests.edges.downloads import git_sha1, noise, sha256
-from tests.edges.volume import check_offers, mode_of, write
+from tests.edges.volume import Mortal, check_offers, mode_of, snapshot, write
 from tests.scenarios.volume import Volume
 
 BASE, TUNE = "fake://base", "fake://tune"
@@ -233,7 +244,7 @@ class _Refusing(Files):
         self.code = code
         self.asked = 0
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: Path, target: Path, *, below: Path | None = None) -> None:
         self.asked += 1
         raise OSError(self.code, os.strerror(self.code))
 
@@ -303,6 +314,134 @@ async def test_a_file_that_was_changed_after_the_hash(tmp_path: Path) -> None:
         assert (tally.linked, tally.received) == (0, OWN + len(SHARD))
         assert _tune(volume).read_bytes() == SHARD
         assert _base(volume).stat().st_nlink == 1
+
+
+async def test_a_file_that_is_changed_during_the_hash_and_takes_its_time_back(
+    volume: Volume,
+) -> None:
+    """Its size, its inode and its time are what they were; only the ctime tells."""
+    hashing = volume._engine.hash
+    hashed: list[Path] = []
+
+    async def meddled(path: Path, *, size: int, promised: Digest | None) -> str | None:
+        digest = await hashing(path, size=size, promised=promised)
+        if path == _base(volume):
+            hashed.append(path)
+            if len(hashed) == 1:
+                _rot(path)
+        return digest
+
+    async with volume.turning():
+        await _bring(volume, BASE)
+        with patch.object(volume._engine, "hash", meddled):
+            tally = await _bring(volume, TUNE)
+        assert (tally.linked, tally.received) == (0, OWN + len(SHARD))
+        assert _tune(volume).read_bytes() == SHARD
+
+
+async def test_a_file_that_gets_another_name_during_the_hash_is_linked_all_the_same(
+    volume: Volume, tmp_path: Path
+) -> None:
+    hashing = volume._engine.hash
+    hashed: list[Path] = []
+
+    async def meddled(path: Path, *, size: int, promised: Digest | None) -> str | None:
+        digest = await hashing(path, size=size, promised=promised)
+        if path == _base(volume):
+            hashed.append(path)
+            if len(hashed) == 1:
+                (tmp_path / "name").hardlink_to(path)
+        return digest
+
+    async with volume.turning():
+        await _bring(volume, BASE)
+        want = Want(ref=ModelRef(uri=TUNE))
+        tally = Tally(want, stage=Stage.RESOLVING)
+        with patch.object(volume._engine, "hash", meddled):
+            await volume.fetcher.resolve(want, tally)
+        assert len(hashed) == 2
+        assert tally.linked == len(SHARD)
+
+
+async def test_what_others_wrote_is_on_the_disk_before_it_is_hashed(tmp_path: Path) -> None:
+    """A page that was mapped and dirty before takes more bytes without a new time."""
+    files = Mortal()
+    volume = _volume(tmp_path, Store(tmp_path / "cache", files))
+    hashing = volume._engine.hash
+    before: list[tuple[Path, bool]] = []
+
+    async def noted(path: Path, *, size: int, promised: Digest | None) -> str | None:
+        before.append((path, f"sync {path}" in files.steps))
+        return await hashing(path, size=size, promised=promised)
+
+    async with volume.turning():
+        await _bring(volume, BASE)
+        with patch.object(volume._engine, "hash", noted):
+            await _bring(volume, TUNE)
+        assert before == [(_base(volume), True)]
+
+
+async def test_a_file_that_takes_the_place_of_one_just_proven_is_not_sealed(
+    tmp_path: Path,
+) -> None:
+    class Swapped(Store):
+        def promote(self, key: CacheKey, path: str) -> None:
+            super().promote(key, path)
+            if path == "head.bin" and swaps.pop():
+                swaps.append(False)
+                write(self.tree(key) / path, bytes(50_000), mode=0o444)
+
+    swaps = [True]
+    volume = _volume(tmp_path, Swapped(tmp_path / "cache"))
+    async with volume.turning():
+        with pytest.raises(AgentError, match=r"head.bin of .* changed .* after it was proven"):
+            await _bring(volume, TUNE)
+        await _bring(volume, TUNE)
+        assert (volume.store.model(TUNE_KEY) / "head.bin").read_bytes() == TUNE_FILES["head.bin"]
+
+
+async def test_a_file_that_is_written_into_after_the_last_look_is_not_sealed(
+    tmp_path: Path,
+) -> None:
+    class Late(Store):
+        def seal(self, sealed: Manifest, proven: Versions | None = None) -> None:
+            if sealed.ref.uri == TUNE:
+                _overwrite(self.tree(TUNE_KEY) / "head.bin", bytes(50_000))
+            super().seal(sealed, proven)
+
+    volume = _volume(tmp_path, Late(tmp_path / "cache"))
+    async with volume.turning():
+        with pytest.raises(AgentError, match=r"head.bin of .* changed .* after it was proven"):
+            await _bring(volume, TUNE)
+        assert volume.store.manifest(TUNE_KEY) is None
+
+
+async def test_a_repair_that_a_pod_misleads_fails_and_is_made_by_the_next_try(
+    volume: Volume,
+) -> None:
+    async with volume.turning():
+        await _bring(volume, BASE)
+        await _bring(volume, TUNE)
+        want, tree = Want(ref=ModelRef(uri=TUNE)), volume.store.tree(TUNE_KEY)
+        _tune(volume).unlink()
+        volume.store.reopen(TUNE_KEY)
+        begin, base = volume.store.begin, snapshot(volume.store.model(BASE_KEY))
+
+        def mislead(listing: Listing) -> None:
+            begin(listing)
+            (tree / "weights").rmdir()
+            (tree / "weights").symlink_to(volume.store.model(BASE_KEY))
+
+        with patch.object(volume.store, "begin", mislead), pytest.raises(AgentError) as caught:
+            await volume.fetcher.fetch(Tally(want, stage=Stage.FETCHING))
+        assert caught.value.reason is Reason.DISK_ERROR
+        assert "somebody else writes into the cache" in caught.value.message
+        tally = Tally(want, stage=Stage.FETCHING)
+        await volume.fetcher.fetch(tally)
+        assert (tally.linked, tally.received) == (len(SHARD), 0)
+        assert _tune(volume).read_bytes() == SHARD
+        assert snapshot(volume.store.model(BASE_KEY)) == base
+    check_offers(volume.store.root)
 
 
 async def test_a_file_that_is_written_into_between_its_proof_and_the_seal(

@@ -20,7 +20,7 @@ from agent.files import Files
 from agent.manifest import Manifest
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
-from agent.store import Store
+from agent.store import Store, Versions
 from agent.wishes import Desired
 from tests.fakes.source import Operation
 from tests.scenarios.volume import Volume
@@ -170,10 +170,10 @@ class _SlowSeal(Store):
         self.sealing = threading.Event()
         self.go_on = threading.Event()
 
-    def seal(self, sealed: Manifest) -> None:
+    def seal(self, sealed: Manifest, proven: Versions | None = None) -> None:
         self.sealing.set()
         assert self.go_on.wait(20)
-        super().seal(sealed)
+        super().seal(sealed, proven)
 
 
 async def test_a_wish_withdrawn_during_the_seal_leaves_a_model_that_is_known(
@@ -403,10 +403,10 @@ async def test_9_1_8_a_lost_folder_is_noticed_as_soon_as_kserve_asks(
 class _Stuck(Files):
     """What was begun cannot be moved to the trash."""
 
-    def rename(self, source: Path, target: Path) -> None:
+    def rename(self, source: Path, target: Path, *, below: Path | None = None) -> None:
         if target.parent.name == "trash" and source.parent.name == "ingest":
             raise OSError(errno.ENOSPC, "No space left on device")
-        super().rename(source, target)
+        super().rename(source, target, below=below)
 
 
 async def test_what_cannot_be_given_up_stops_nobody(tmp_path: Path) -> None:
