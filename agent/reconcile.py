@@ -803,9 +803,11 @@ class Reconciler:
 
     async def _failed(self, *failures: tuple[Want, AgentError]) -> None:
         attempts = [self._note_failure(want, error) for want, error in failures]
-        await self._publish()  # now: a pull that comes before the end of this turn forgives it
+        # Both now: a pull that comes before the end of this turn forgives it; and who has read when
+        # it is tried again must find it so after a restart.
         for attempt in attempts:
             await self._index.record_attempt(attempt)
+        await self._publish()
 
     def _note_failure(self, want: Want, error: AgentError) -> Attempt:
         key = want.key

@@ -279,6 +279,10 @@ class _Reader:
 
 
 def _tarred(file: BinaryIO, path: Path, cancellation: Cancellation) -> Generator[_Item, None, None]:
+    if not hasattr(tarfile, "data_filter"):
+        raise AgentError(
+            Reason.UNSUPPORTED, "this Python cannot unpack safely; use 3.11.4 or newer, or a .zip"
+        )
     magic = file.read(len(_XZ))
     file.seek(0)
     if magic.startswith((_BZIP2, _XZ)):

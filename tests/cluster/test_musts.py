@@ -121,7 +121,10 @@ def test_9_1_13_a_scheme_without_a_source_is_an_error_with_an_event(node: Node) 
     node.want(far="webhdfs://name-node/models/sklearn", disk="pvc://claim/path")
     agent = node.start()
     node.wait_words(agent, far=FAILED, disk=FAILED)
-    for name, advice in (("far", "these are supported: "), ("disk", "a volume is not downloaded")):
+    for name, advice in (
+        ("far", "copy the model to a hub"),
+        ("disk", "a volume is not downloaded"),
+    ):
         model = node.status()["models"][name]
         assert model["reason"] == "Unsupported"
         assert advice in model["message"]

@@ -331,7 +331,7 @@ async def test_the_fake_can_be_spoilt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "reason", "said"),
     [
-        ("pvc://claim/x", Reason.UNSUPPORTED, "mount it"),
+        ("pvc://claim/x", Reason.UNSUPPORTED, "name it in the InferenceService"),
         ("oci://registry/x", Reason.UNSUPPORTED, "image volume"),
         ("gopher://x", Reason.UNSUPPORTED, "file://, gs://, hf://"),
         ("owner/name", Reason.INVALID_SPEC, "neither"),

@@ -218,7 +218,7 @@ def test_what_no_source_can_list_is_failed_with_what_to_do_instead(
     localmodel.want("pvc", "pvc://claim/model")
     localmodel.want("odd", "x-unheard-of://there")
     status = agent.wait_state("pvc", "Failed", reason="Unsupported")
-    assert "mount it, or name the directory with file://" in status["message"]
+    assert "name it in the InferenceService itself" in status["message"]
     assert "not tried again until the request changes" in status["message"]
     assert "retryAt" not in status
     agent.wait_state("odd", "Failed", reason="Unsupported")
