@@ -64,21 +64,22 @@ class Arrivals:
         self._served()
 
     async def _count(self, uid: str, keys: frozenset[CacheKey]) -> None:
-        """A pod is a hit if all that it uses is on offer."""
-        results = []
-        for key in sorted(keys):
-            result = await self._result(key)
-            results.append(result)
+        """A pod is a hit if all that it uses is on offer.
+
+        Written down before it is shown: who is killed in between must not count it once more.
+        """
+        results = {key: await self._result(key) for key in sorted(keys)}
+        worst = max(results.values(), key=RESULTS.index)
+        await self._index.record_pod(uid, worst, self._clock())
+        self._counted.add(uid)
+        self._counts[worst] = self._counts.get(worst, 0) + 1
+        for key, result in results.items():
             self._metrics.requests.labels(result=result).inc()
             size = self._size(key)
             self._metrics.request_bytes.labels(result=result).inc(size)
             self._waiting[uid, key] = result, self._ticks()
             if result == "hit":
                 await self._touch([key], uses=1)
-        worst = max(results, key=RESULTS.index)
-        self._counted.add(uid)
-        self._counts[worst] = self._counts.get(worst, 0) + 1
-        await self._index.record_pod(uid, worst, self._clock())
 
     async def _result(self, key: CacheKey) -> Result:
         if await self._reconciler.look(key) or await self._reconciler.look_beside(key):
