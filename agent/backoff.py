@@ -13,6 +13,9 @@ _IN_PLACE_FIRST_SECONDS = 0.5
 IN_PLACE_CAP_SECONDS = 30.0
 RETRY_AFTER_CAP_SECONDS = 3600.0  # a header must not put a model to sleep for a day
 
+LONGEST_SECONDS = 7200.0
+"""No rule and no Retry-After puts a try off for that long: only a clock that was wrong."""
+
 Dice = Callable[[], float]
 """Uniform in [0, 1), as `random.random`."""
 

@@ -268,35 +268,41 @@ class Fetcher:
 
     async def _files(self, source: Source, listing: Listing, tally: Tally) -> dict[str, str]:
         """The SHA-256 of every file, by path."""
+        key = listing.key
+
+        async def bring(file: RemoteFile) -> str:
+            proven, partial = (
+                self._store.tree(key) / file.path,
+                self._store.partial(key) / file.path,
+            )
+            digest = await self._receive(source, listing, file, partial, tally)
+            # Noted before the rename, which changes nothing of it: who can write into the tree
+            # might put another in its place after that.
+            await looking(lambda: self._note_proven(proven, digest, partial))
+            await changing(lambda: self._store.promote(key, file.path))
+            return digest
+
+        return await self._here_or(bring, listing, tally)
+
+    async def _here_or(
+        self,
+        otherwise: Callable[[RemoteFile], Awaitable[str | None]],
+        listing: Listing,
+        tally: Tally,
+    ) -> dict[str, str]:
+        """The SHA-256 by path: of what need not be brought, and what is said of each other file."""
         digests: dict[str, str] = {}
         copies = await looking(self._store.copies)
         beside = await looking(lambda: self._store.foreign(listing.key)) is not None
 
         async def one(file: RemoteFile) -> None:
-            digests[file.path] = await self._file(source, listing, file, copies, beside, tally)
+            digest = await self._here(listing, file, copies, beside, tally)
+            digest = await otherwise(file) if digest is None else digest
+            if digest is not None:
+                digests[file.path] = digest
 
         await _each(listing.files, one)
         return digests
-
-    async def _file(
-        self,
-        source: Source,
-        listing: Listing,
-        file: RemoteFile,
-        copies: Copies,
-        beside: bool,
-        tally: Tally,
-    ) -> str:
-        if (digest := await self._here(listing, file, copies, beside, tally)) is not None:
-            return digest
-        key, proven = listing.key, self._store.tree(listing.key) / file.path
-        partial = self._store.partial(key) / file.path
-        digest = await self._receive(source, listing, file, partial, tally)
-        # Noted before the rename, which changes nothing of it: who can write into the tree might
-        # put another in its place after that.
-        await looking(lambda: self._note_proven(proven, digest, partial))
-        await changing(lambda: self._store.promote(key, file.path))
-        return digest
 
     def _note_proven(self, path: Path, digest: str, found_at: Path) -> None:
         self._proven[path] = (_version(found_at), digest)
@@ -370,18 +376,12 @@ class Fetcher:
             await self._look_inside(source, listing, archive, tally)
             return None
         no_room = await looking(lambda: self._store.is_complete(listing))
-        digests: dict[str, str] = {}
         missing: list[RemoteFile] = []
-        copies = await looking(self._store.copies)
-        beside = await looking(lambda: self._store.foreign(key)) is not None
 
-        async def one(file: RemoteFile) -> None:
-            if (digest := await self._here(listing, file, copies, beside, tally)) is None:
-                missing.append(file)
-            else:
-                digests[file.path] = digest
+        async def note(file: RemoteFile) -> None:
+            missing.append(file)
 
-        await _each(listing.files, one)
+        digests = await self._here_or(note, listing, tally)
         if missing and no_room:
             return None
         if missing:

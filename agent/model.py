@@ -228,7 +228,12 @@ class Foreign:
     @property
     def whole(self) -> bool:
         """Whether its sizes are those of the listing: good enough to go on being served."""
-        return self.lacking is not None and not self.lacking
+        return self.may_be_whole and self.lacking is not None
+
+    @property
+    def may_be_whole(self) -> bool:
+        """The same, or nobody can tell yet."""
+        return not self.lacking
 
 
 class Stage(StrEnum):

@@ -267,7 +267,7 @@ class _Planner:
 
     def _is_adoptable(self, want: Want) -> bool:
         foreign = self.actual.foreign.get(want.key)
-        return foreign is not None and (foreign.whole or foreign.lacking is None)
+        return foreign is not None and foreign.may_be_whole
 
     def _is_due(self, want: Want) -> bool:
         """What is here already is taken over unasked."""

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from math import inf
 
-from agent.backoff import Dice, next_attempt
+from agent.backoff import LONGEST_SECONDS, Dice, next_attempt
 from agent.errors import AgentError, Reason
 from agent.index import Index
 from agent.model import Attempt, CacheKey, Want
@@ -24,7 +24,6 @@ from agent.model import Attempt, CacheKey, Want
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 4
-_LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
 Prove = Callable[[Want], Awaitable[None]]
 """Ask the source of a want, with the want's own credentials. Raises AgentError."""
@@ -112,7 +111,7 @@ class Proofs:
         tried = self._tries.setdefault(name, _Try(_credentials(want)))
         # A clock that was set back must not put it off for years.
         left = tried.failed.retry_at - self._clock() if tried.failed else 0.0
-        waits = 0.0 < left <= _LONGEST_SECONDS or left == inf
+        waits = 0.0 < left <= LONGEST_SECONDS or left == inf
         if tried.task is None and not waits:
             tried.task = asyncio.create_task(self._try(want), name=f"proof of {name}")
             tried.task.add_done_callback(self._ended)

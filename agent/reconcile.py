@@ -17,7 +17,7 @@ from math import inf
 
 from agent import layout
 from agent.adoption import Adoption
-from agent.backoff import Dice, next_attempt
+from agent.backoff import LONGEST_SECONDS, Dice, next_attempt
 from agent.errors import AgentError, Reason
 from agent.fetch import Fetcher, Tally, scheme
 from agent.history import History
@@ -73,7 +73,6 @@ _SOONEST_LOOK_SECONDS = 5.0
 _PROGRESS_SECONDS = 5.0
 _SPARED_SECONDS = 10.0
 _TOUCH_SECONDS = 300.0
-_LONGEST_SECONDS = 7200.0  # no rule and no Retry-After puts a try off for that long
 
 # These reasons say that the pinned listing is not to be trusted any more.
 _LIST_AGAIN = frozenset(
@@ -286,7 +285,7 @@ class Reconciler:
     async def look_beside(self, key: CacheKey) -> bool:
         """Whether another agent left it, as far as sizes tell: what a pod has started with."""
         foreign = await looking(lambda: self._store.foreign(key))
-        return foreign is not None and not foreign.lacking
+        return foreign is not None and foreign.may_be_whole
 
     async def use(self, key: CacheKey, *, uses: int = 1) -> None:
         """Somebody used a sealed model until now; `uses` is 0 for one who is counted already."""
@@ -534,7 +533,7 @@ class Reconciler:
 
     def _bounded(self, attempt: Attempt) -> Attempt:
         """A clock that was wrong when it failed must not put the next try off for years."""
-        latest = self._clock() + _LONGEST_SECONDS
+        latest = self._clock() + LONGEST_SECONDS
         if attempt.retry_at == inf or attempt.retry_at <= latest:
             return attempt
         return replace(attempt, retry_at=latest)

@@ -19,23 +19,20 @@ from typing import Any
 
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allows
+from agent.hook.spec import Json, containers, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
-from agent.layout import MODELS
+from agent.kube.parse import KEYS, KSERVE_CLAIM, KSERVE_LABEL
 from agent.model import CacheKey, cache_key
 from agent.quantities import parse_duration
-
-Json = Mapping[str, Any]
 
 VOLUME = "localmodel-cache"
 MOUNT = "/mnt/localmodel"
 """Where the whole claim is in a wrapped pod: the same path in all containers, for the links."""
 
 INITIALIZER = "storage-initializer"
-KSERVE_VOLUME = "kserve-pvc-source"
-KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
@@ -137,7 +134,7 @@ class _Asked:
         if initializer is None and not named and rewritten is None:
             raise _Left(Why.NOT_OURS)
         self._check_opt_outs()
-        if any(_name(volume) == VOLUME for volume in self._volumes()):
+        if any(name_of(volume) == VOLUME for volume in self._volumes()):
             raise _Left(Why.DONE)
         if initializer is not None:
             return self._wrapped(*initializer)
@@ -160,14 +157,14 @@ class _Asked:
 
     def _initializer(self) -> tuple[int, Json] | None:
         for index, container in enumerate(self.spec.get("initContainers") or ()):
-            if _name(container) == INITIALIZER:
+            if name_of(container) == INITIALIZER:
                 return index, container
         return None
 
     def _wrapped(self, index: int, initializer: Json) -> Mutation:
         pairs = _pairs(initializer.get("args") or ())
-        variables = {_name(v): _value(v) for v in initializer.get("env") or ()}
-        found = {uri: cache for uri, _ in pairs if (cache := self._cache(uri)) is not None}
+        variables = {name_of(v): _value(v) for v in initializer.get("env") or ()}
+        found = self._cached(uri for uri, _ in pairs)
         if not found:
             raise _Left(Why.NO_CACHE)
         if variables.get("CONFIDENTIAL_ENABLED", "").lower() not in ("", "false"):
@@ -177,7 +174,7 @@ class _Asked:
         group = self._group(list(found.values()))
         taken = {uri: cache for uri, cache in found.items() if group in cache.groups}
         volumes = {
-            _name(mount)
+            name_of(mount)
             for mount in initializer.get("volumeMounts") or ()
             for uri, destination in pairs
             if uri in taken and _is_below(destination, str(mount.get("mountPath")))
@@ -195,8 +192,8 @@ class _Asked:
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
         ]
-        for path, container in _containers(self.spec):
-            if _name(container) == INITIALIZER or volumes & set(map(_name, _mounts(container))):
+        for path, container in containers(self.spec):
+            if name_of(container) == INITIALIZER or volumes & set(map(name_of, mounts(container))):
                 patch += _with_mount(path, container, {"name": VOLUME, "mountPath": MOUNT})
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
@@ -227,7 +224,7 @@ class _Asked:
         if self.namespace == self.world.job_namespace:
             return None
         for index, volume in enumerate(self._volumes()):
-            if _name(volume) == KSERVE_VOLUME and _claim(volume).get("claimName") == claim:
+            if name_of(volume) == KSERVE_CLAIM and _claim(volume).get("claimName") == claim:
                 return index
         return None
 
@@ -247,42 +244,40 @@ class _Asked:
     def _mended(self, uri: str) -> Iterable[Json]:
         """KServe cuts `s3://b/m/` off `s3://b/m`, and is left with all of it (kserve.md 4.4)."""
         service = str(self.notes.get(f"{_KSERVE}/storage-initializer-sourceuri") or "")
-        rest = Cache(name="", uri=uri, groups=()).rest(service)
-        for path, container in _containers(self.spec):
-            for index, mount in enumerate(_mounts(container)):
+        whole = Cache(name="", uri=uri, groups=()).part(service)
+        for path, container in containers(self.spec):
+            for index, mount in enumerate(mounts(container)):
                 part = str(mount.get("subPath") or "")
-                if _name(mount) == KSERVE_VOLUME and "://" in part and rest is not None:
-                    mended = posixpath.join(MODELS, cache_key(uri), rest).rstrip("/")
-                    where = f"{path}/volumeMounts/{index}/subPath"
-                    yield {"op": "replace", "path": where, "value": mended}
+                if name_of(mount) == KSERVE_CLAIM and "://" in part and whole is not None:
+                    yield put(True, f"{path}/volumeMounts/{index}/subPath", whole)
 
     # -- the pod names a model --------------------------------------------------------------------
 
     def _mounted(self, named: Mapping[str, tuple[str, str]]) -> Mutation:
         if self.namespace not in self.world.inject:
             raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
-        found = {uri: self._cache(uri) for uri, _ in named.values()}
-        missing = sorted(uri for uri, cache in found.items() if cache is None)
-        if missing:
+        found = self._cached(uri for uri, _ in named.values())
+        if missing := sorted({uri for uri, _ in named.values()} - found.keys()):
             raise _Left(Why.NO_CACHE, ", ".join(missing))
-        caches = [cache for cache in found.values() if cache is not None]
-        group = self._group(caches)
-        if not all(group in cache.groups for cache in caches):
+        group = self._group(list(found.values()))
+        if not all(group in cache.groups for cache in found.values()):
             raise _Left(Why.NO_CACHE, "no one node group has all of them")
-        patch = [*self._with_volume(group)]
-        for path, container in _containers(self.spec):
-            mounts = []
-            for uri, place in named.values():
-                cache = found[uri]
-                assert cache is not None  # for mypy: `missing` is empty
-                part = posixpath.join(MODELS, cache.key, cache.rest(uri) or "").rstrip("/")
-                mounts.append({"name": VOLUME, "mountPath": place, "subPath": part})
-            patch += _with_mount(path, container, *mounts)
-        keys = tuple(sorted({cache.key for cache in caches}))
+        mounted = [
+            {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
+            for uri, place in named.values()
+        ]
+        patch = self._with_volume(group)
+        for path, container in containers(self.spec):
+            patch += _with_mount(path, container, *mounted)
+        keys = tuple(sorted({cache.key for cache in found.values()}))
         patch += self._preferring(keys, group)
         return self._mutation(patch, keys, f"mounted: {_list(found)} from the cache of {group}")
 
     # -- which cache, which group -----------------------------------------------------------------
+
+    def _cached(self, uris: Iterable[str]) -> dict[str, Cache]:
+        """Those that a cache has, with it."""
+        return {uri: cache for uri in uris if (cache := self._cache(uri)) is not None}
 
     def _cache(self, uri: str) -> Cache | None:
         """The longest that holds it; those of the namespace first, as KServe does."""
@@ -357,7 +352,7 @@ class _Asked:
         return append(node, "/spec/affinity/nodeAffinity", _PREFERRED, *terms)
 
     def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
-        written = {f"{PREFIX}/injected": note, f"{PREFIX}/keys": ",".join(keys)}
+        written = {f"{PREFIX}/injected": note, KEYS: ",".join(keys)}
         metadata = self.pod.get("metadata")
         if metadata is None:
             patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})
@@ -417,32 +412,15 @@ def _is_below(path: str, directory: str) -> bool:
     return f"{posixpath.normpath(path)}/".startswith(f"{posixpath.normpath(directory)}/")
 
 
-def _containers(spec: Json) -> list[tuple[str, Json]]:
-    """With their JSON pointers."""
-    return [
-        (f"/spec/{kind}/{index}", container)
-        for kind in ("initContainers", "containers")
-        for index, container in enumerate(spec.get(kind) or ())
-    ]
-
-
-def _mounts(container: Json) -> Sequence[Json]:
-    return container.get("volumeMounts") or ()
-
-
-def _with_mount(path: str, container: Json, *mounts: Json) -> list[Json]:
+def _with_mount(path: str, container: Json, *added: Json) -> list[Json]:
     """Read-only, where nothing is mounted yet."""
-    taken = {posixpath.normpath(str(mount.get("mountPath"))) for mount in _mounts(container)}
-    for mount in mounts:
+    taken = {posixpath.normpath(str(mount.get("mountPath"))) for mount in mounts(container)}
+    for mount in added:
         if mount["mountPath"] in taken:
-            raise _Left(Why.ODD, f"{_name(container)} has something at {mount['mountPath']}")
+            raise _Left(Why.ODD, f"{name_of(container)} has something at {mount['mountPath']}")
     return append(
-        container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in mounts)
+        container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
     )
-
-
-def _name(item: Json) -> str:
-    return str(item.get("name") or "")
 
 
 def _value(variable: Json) -> str:

@@ -6,15 +6,14 @@ in a log of a process that has gone. Nothing is changed and nothing refused for 
 
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from agent.hook.scheduling import extended
+from agent.hook.spec import Json, at, mounts
 from agent.hook.world import World
 from agent.model import CacheKey, quantity
 from agent.quantities import parse_size
-
-Json = Mapping[str, Any]
 
 _SERVER = re.compile(r"vllm|triton", re.IGNORECASE)
 _PARALLEL = re.compile(r"(?:--tensor-parallel-size|-tp)(?:[ =])(\d+)")
@@ -37,7 +36,7 @@ def advise(pod: Json, world: World, keys: Iterable[CacheKey], group: str) -> tup
 
 def _without_resources(spec: Json) -> Iterator[str]:
     for container in _servers(spec):
-        limits = (container.get("resources") or {}).get("limits") or {}
+        limits = at(container, "resources", "limits")
         memory = _bytes(limits.get("memory"))
         if extended({"containers": [container]}) or (memory or 0) > _DEFAULT_BYTES:
             continue
@@ -51,7 +50,7 @@ def _without_resources(spec: Json) -> Iterator[str]:
 
 def _without_shared_memory(spec: Json) -> Iterator[str]:
     for container in _servers(spec):
-        places = {posixpath.normpath(m.get("mountPath") or ".") for m in _mounts(container)}
+        places = {posixpath.normpath(m.get("mountPath") or ".") for m in mounts(container)}
         if "/dev/shm" in places or not _is_parallel(container):
             continue
         yield (
@@ -112,10 +111,6 @@ def _is_parallel(container: Json) -> bool:
 
 def _begun(container: Json) -> str:
     return " ".join(map(str, [*(container.get("command") or ()), *(container.get("args") or ())]))
-
-
-def _mounts(container: Json) -> Iterable[Json]:
-    return container.get("volumeMounts") or ()
 
 
 def _bytes(value: Any) -> int | None:

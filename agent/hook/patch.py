@@ -1,9 +1,8 @@
 """JSON Patch (RFC 6902) for lists and members that may be absent."""
 
-from collections.abc import Mapping
 from typing import Any
 
-Json = Mapping[str, Any]
+from agent.hook.spec import Json
 
 
 def append(owner: Json, path: str, name: str, *items: Json) -> list[Json]:

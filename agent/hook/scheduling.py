@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Spec = Mapping[str, Any]
+from agent.hook.spec import Json, at, containers
 
 _KEEPS_AWAY = frozenset({"NoSchedule", "NoExecute"})
 _NUMBERS: Mapping[str, Callable[[int, int], bool]] = {"Gt": operator.gt, "Lt": operator.lt}
@@ -35,9 +35,9 @@ def selects(selector: Any, node: Node) -> bool:
     return any(_term_holds(term, node) for term in terms)
 
 
-def allows(pod: Spec, node: Node) -> bool:
+def allows(pod: Json, node: Node) -> bool:
     """Whether the scheduler could put a pod with this spec on the node at all."""
-    required = _path(pod, "affinity", "nodeAffinity").get(
+    required = at(pod, "affinity", "nodeAffinity").get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     )
     chosen = pod.get("nodeSelector") or {}
@@ -50,7 +50,7 @@ def allows(pod: Spec, node: Node) -> bool:
     )
 
 
-def _term_holds(term: Spec, node: Node) -> bool:
+def _term_holds(term: Json, node: Node) -> bool:
     on_labels, on_fields = term.get("matchExpressions") or [], term.get("matchFields") or []
     fields = {"metadata.name": node.name}
     return bool(on_labels or on_fields) and (
@@ -59,7 +59,7 @@ def _term_holds(term: Spec, node: Node) -> bool:
     )
 
 
-def _holds(expression: Spec, labels: Mapping[str, str]) -> bool:
+def _holds(expression: Json, labels: Mapping[str, str]) -> bool:
     """An operator that is not known holds nowhere, like a number that is none."""
     found, values = labels.get(str(expression.get("key"))), expression.get("values") or []
     match expression.get("operator"):
@@ -79,7 +79,7 @@ def _holds(expression: Spec, labels: Mapping[str, str]) -> bool:
     return False
 
 
-def _tolerated(taint: Mapping[str, str], tolerations: Iterable[Spec]) -> bool:
+def _tolerated(taint: Mapping[str, str], tolerations: Iterable[Json]) -> bool:
     if taint.get("effect") not in _KEEPS_AWAY:
         return True
     return any(
@@ -96,21 +96,11 @@ def _tolerated(taint: Mapping[str, str], tolerations: Iterable[Spec]) -> bool:
     )
 
 
-def extended(pod: Spec) -> frozenset[str]:
+def extended(pod: Json) -> frozenset[str]:
     """The resources that it asks for by a vendor's name."""
-    asked = set[str]()
-    for kind in ("containers", "initContainers"):
-        for container in pod.get(kind) or []:
-            limits = _path(container, "resources", "limits")
-            asked |= {
-                name
-                for name, number in limits.items()
-                if "/" in name and "kubernetes.io/" not in name and str(number) not in ("", "0")
-            }
-    return frozenset(asked)
-
-
-def _path(raw: Spec, *names: str) -> Spec:
-    for name in names:
-        raw = raw.get(name) or {}
-    return raw
+    return frozenset(
+        name
+        for _, container in containers(pod)
+        for name, number in at(container, "resources", "limits").items()
+        if "/" in name and "kubernetes.io/" not in name and str(number) not in ("", "0")
+    )

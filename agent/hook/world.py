@@ -1,9 +1,11 @@
 """What the hook knows when a pod comes: watched objects, as values."""
 
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent import layout
 from agent.hook.scheduling import Node, selects
 from agent.model import CacheKey, cache_key
 
@@ -32,9 +34,13 @@ class Cache:
         asked = uri.removesuffix("/")
         if asked == self.prefix:
             return ""
-        return (
-            asked.removeprefix(f"{self.prefix}/") if asked.startswith(f"{self.prefix}/") else None
-        )
+        rest = asked.removeprefix(f"{self.prefix}/")
+        return None if rest == asked else rest
+
+    def part(self, uri: str) -> str | None:
+        """Where that is in the volume of a node group."""
+        rest = self.rest(uri)
+        return None if rest is None else posixpath.join(layout.model(self.key), rest).rstrip("/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,8 @@ KEYS = f"{ANNOTATIONS}/keys"
 AGENT_LABEL = ("app.kubernetes.io/name", "localmodel-agent")
 
 _KSERVE_AGENT = "kserve-localmodelnode-agent"
-_KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
-_KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
+KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
+KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,7 +307,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
         keys=frozenset(keys),
         claims=frozenset(claims),
-        served_by_kserve=bool(claims) and (_KSERVE_CLAIM in sources or _KSERVE_LABEL in labels),
+        served_by_kserve=bool(claims) and (KSERVE_CLAIM in sources or KSERVE_LABEL in labels),
         directories=frozenset(directories),
         host_paths=host_paths,
     )
@@ -342,7 +342,7 @@ def _role(
     if labels.get(AGENT_LABEL[0]) == AGENT_LABEL[1]:
         return PodRole.AGENT
     # Its Jobs carry these two (kserve.md 3.4).
-    if "Job" in owners and _KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
+    if "Job" in owners and KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
         return PodRole.DOWNLOAD_JOB
     return PodRole.USER
 
