@@ -4,16 +4,14 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
 
-from agent import __version__, disk, layout
+from agent import USER_AGENT, __version__, disk, layout
 from agent.arrivals import Arrivals
 from agent.cluster import Cluster
 from agent.config import Settings, listen_address
@@ -35,14 +33,13 @@ from agent.server import Health, health_app, serve_socket, serve_tcp, verbs_app
 from agent.service import Service
 from agent.sources import Sources
 from agent.store import Store
+from agent.tasks import first_of, until_told
 from agent.threads import looking
 from agent.transfer import Engine
 from agent.volume import Volume, on_machine_disk
 from agent.wishes import NOTHING, Desired
 
 _log = logging.getLogger(__name__)
-
-USER_AGENT = f"localmodel-agent/{__version__}"
 
 _FAILED_TURNS = 3  # in a row: until then it may pass, as a disk that is busy does
 _AGAIN_SECONDS = 5.0
@@ -241,7 +238,7 @@ async def turning(cache: Cache, desired: Desired) -> AsyncIterator[asyncio.Task[
     cache.reconciler.desire(desired)
     loop = asyncio.create_task(cache.reconciler.run())
     try:
-        await _first([loop], cache.reconciler.tried.wait())
+        await first_of([loop], cache.reconciler.tried.wait())
         if cache.reconciler.trouble is not None:
             raise cache.reconciler.trouble
         yield loop
@@ -252,17 +249,8 @@ async def turning(cache: Cache, desired: Desired) -> AsyncIterator[asyncio.Task[
 
 
 async def run_agent(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT, heard from the start; then keep what was begun, and return."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    serving = asyncio.create_task(_serve(settings))
-    try:
-        await _first([serving], stop.wait())
-        _log.info("stopping: what was begun is kept")
-    finally:
-        serving.cancel()
-        await asyncio.wait({serving})
+    """Run until SIGTERM or SIGINT; then keep what was begun, and return."""
+    await until_told(_serve(settings), said=": what was begun is kept")
 
 
 async def _serve(settings: Settings) -> None:
@@ -287,7 +275,7 @@ async def _serve_alone(settings: Settings) -> None:
         turns = await stack.enter_async_context(_in_service(settings, cache, first))
         follow = asyncio.create_task(_follow(wishes, cache.reconciler))
         try:
-            await _first([turns, follow], asyncio.Event().wait())
+            await first_of([turns, follow], asyncio.Event().wait())
         finally:
             follow.cancel()
 
@@ -326,7 +314,7 @@ async def _serve_node(settings: Settings) -> None:
         beside = [asyncio.create_task(work) for work in cluster.work()]
         keeping = asyncio.create_task(_keep(settings, cluster, metrics))
         try:
-            await _first([keeping, *beside], asyncio.Event().wait())
+            await first_of([keeping, *beside], asyncio.Event().wait())
         finally:
             keeping.cancel()
             await asyncio.wait([keeping])
@@ -378,7 +366,7 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
                     await arrivals.see(users)
                     if cache.reconciler.failed_turns >= _FAILED_TURNS and cache.reconciler.trouble:
                         raise cache.reconciler.trouble
-                    await _first([turns], cluster.woken(_AGAIN_SECONDS))
+                    await first_of([turns], cluster.woken(_AGAIN_SECONDS))
                 return obstacle
         finally:
             await cluster.last_word()
@@ -397,15 +385,3 @@ async def _wishes(directory: Path | None) -> AsyncIterator[Desired]:
 async def _follow(wishes: AsyncIterator[Desired], reconciler: Reconciler) -> None:
     async for desired in wishes:
         reconciler.desire(desired)
-
-
-async def _first(tasks: Sequence[asyncio.Task[None]], event: Coroutine[Any, Any, object]) -> None:
-    """Wait for an event, unless a task that should never end does: then raise what it raised."""
-    waiting = asyncio.ensure_future(event)
-    try:
-        await asyncio.wait({*tasks, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        waiting.cancel()

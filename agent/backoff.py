@@ -20,7 +20,8 @@ Dice = Callable[[], float]
 """Uniform in [0, 1), as `random.random`."""
 
 
-def _doubling(first: float, cap: float, count: int) -> float:
+def doubling(first: float, cap: float, count: int) -> float:
+    """Seconds after the failure number `count` in a row."""
     # The exponent is bounded so that a thousand failures in a row do not overflow a float.
     return min(cap, first * 2.0 ** min(count - 1, 60))
 
@@ -38,7 +39,7 @@ def in_place_delay(error: AgentError, tries: int, dice: Dice) -> float | None:
     if asked is not None:
         # A long wait belongs to the model's own back-off, where it survives a restart.
         return None if asked > IN_PLACE_CAP_SECONDS else asked + dice()
-    return _jittered(_doubling(_IN_PLACE_FIRST_SECONDS, IN_PLACE_CAP_SECONDS, tries), dice)
+    return _jittered(doubling(_IN_PLACE_FIRST_SECONDS, IN_PLACE_CAP_SECONDS, tries), dice)
 
 
 def next_attempt(
@@ -48,7 +49,7 @@ def next_attempt(
     same = previous is not None and previous.reason is error.reason
     count = previous.count + 1 if previous is not None and same else 1
     rule = RULES[error.reason]
-    delay = _doubling(rule.first_seconds, rule.cap_seconds, count)
+    delay = doubling(rule.first_seconds, rule.cap_seconds, count)
     if delay != inf:
         delay = _jittered(delay, dice)
         if error.retry_after_seconds is not None:

@@ -3,15 +3,22 @@
 import argparse
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.model import FilePolicy
 from agent.quantities import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 _DAY = 86400.0
 
@@ -185,6 +192,90 @@ class Settings:
         return self.state or self.root / layout.STATE
 
 
+class Mode(StrEnum):
+    """Who keeps the caches' objects: KServe's controller, or nobody but us."""
+
+    KSERVE = "kserve"
+    STANDALONE = "standalone"
+
+
+def _mode(text: str) -> Mode:
+    if text not in tuple(Mode):
+        raise ValueError(f"{text!r} is not {' or '.join(Mode)}")
+    return Mode(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def _entrypoints(text: str) -> Mapping[str, tuple[str, ...]]:
+    found = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, command = part.partition("=")
+        words = tuple(shlex.split(command))
+        if not name or "/" in name or not words or not words[0].startswith("/"):
+            raise ValueError(f"{part!r} is not NAME=/path/of/its/entrypoint")
+        found[name] = words
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerSettings:
+    """How one replica of the controller runs; flags and variables as those of the agent."""
+
+    mode: Mode = _setting(
+        "kserve: beside KServe's controller; standalone: without it, refusing to run where it does",
+        parse=_mode,
+    )
+    listen: str = _setting("host:port of the hook, by TLS", default="0.0.0.0:9443")
+    health_listen: str = _setting(
+        "host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810"
+    )
+    names: tuple[str, ...] = _setting(
+        "what the API server calls the hook by, separated by commas (default: the names of the"
+        " Service localmodel-hook)",
+        parse=_names,
+        default=(),
+    )
+    tls_dir: Path | None = _setting(
+        "a directory with tls.crt and tls.key for the hook, which somebody else renews (default:"
+        " our own authority, in the Secret localmodel-hook)",
+        parse=_directory,
+        default=None,
+    )
+    pod_name: str | None = _setting(
+        "the controller's own pod, where it runs in one", variable="POD_NAME", default=None
+    )
+    pod_namespace: str = _setting(
+        "the namespace of the controller, and of the agents' Leases",
+        variable="POD_NAMESPACE",
+        default="localmodel-system",
+    )
+    kserve_namespace: str = _setting(
+        "where KServe has its ConfigMap inferenceservice-config", default="kserve"
+    )
+    entrypoints: Mapping[str, tuple[str, ...]] = _setting(
+        "what the images of storage initializers run, as NAME=COMMAND by the last part of the"
+        " image's name, separated by commas; a pod whose image is not among them is left alone",
+        parse=_entrypoints,
+        default_factory=lambda: _entrypoints(
+            "storage-initializer=/storage-initializer/scripts/initializer-entrypoint"
+        ),
+    )
+    drain_seconds: float = _setting(
+        "how long the hook goes on answering after SIGTERM, while the API servers hear of it",
+        parse=float,
+        default=5.0,
+    )
+
+    def __post_init__(self) -> None:
+        listen_address(self.listen)
+        listen_address(self.health_listen)
+        if not 0 <= self.drain_seconds <= 60:
+            raise _invalid("--drain-seconds must be from 0 to 60")
+
+
 def listen_address(text: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port`."""
     host, separator, port = text.rpartition(":")
@@ -198,9 +289,11 @@ def variable_of(setting: "Field[Any]") -> str:
     return setting.metadata["variable"] or f"LOCALMODEL_{setting.name.upper()}"
 
 
-def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, *names: str, of: "type[DataclassInstance]" = Settings
+) -> None:
     """Add the flags of these settings, or of all. What is not given stays out of the namespace."""
-    for setting in fields(Settings):
+    for setting in fields(of):
         if not names or setting.name in names:
             options: dict[str, Any] = {"metavar": setting.name.upper()}
             if setting.type is bool:
@@ -214,10 +307,10 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
             )
 
 
-def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+def read(flags: Mapping[str, Any], environment: Mapping[str, str], of: type[S]) -> S:
     """The settings of this process. Raises InvalidSpec naming the flag or the variable."""
     values: dict[str, Any] = {}
-    for setting in fields(Settings):
+    for setting in fields(of):
         variable = variable_of(setting)
         flag = f"--{setting.name.replace('_', '-')}"
         name, text = (
@@ -226,6 +319,8 @@ def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
             else (variable, environment.get(variable))
         )
         if text is None or (text == "" and name == variable):
+            if setting.default is MISSING and setting.default_factory is MISSING:
+                raise _invalid(f"{flag} is missing: {setting.metadata['help']}")
             continue
         if text == "":
             raise _invalid(f"{flag} is empty")
@@ -233,7 +328,7 @@ def read(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
             values[setting.name] = setting.metadata["parse"](text)
         except ValueError as error:
             raise _invalid(f"{name}: {error}") from error
-    return Settings(**values)
+    return of(**values)
 
 
 def unify_ca_variables(environment: dict[str, str] | os._Environ[str]) -> None:

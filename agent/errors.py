@@ -55,6 +55,8 @@ class Reason(StrEnum):
     # Somebody must act on the cluster.
     FORBIDDEN = "Forbidden"
     PATH_MISMATCH = "PathMismatch"
+    CLAIM_FAILED = "ClaimFailed"
+    CERTIFICATE_FAILED = "CertificateFailed"
     # Only another request can help.
     INVALID_SPEC = "InvalidSpec"
     UNSUPPORTED = "Unsupported"
@@ -257,6 +259,16 @@ RULES: Mapping[Reason, Rule] = {
         first_seconds=_SOON,
         cap_seconds=_MINUTE,
         advice="make the node group's volume and the DaemonSet's hostPath the same directory",
+    ),
+    Reason.CLAIM_FAILED: Rule(
+        first_seconds=2.0,
+        cap_seconds=300.0,
+        advice="correct the node group's volume and claim specs; pods download meanwhile",
+    ),
+    Reason.CERTIFICATE_FAILED: Rule(
+        first_seconds=2.0,
+        cap_seconds=60.0,
+        advice="apply the controller's manifests again; pods download meanwhile",
     ),
     Reason.LOCKED: Rule(
         first_seconds=inf,

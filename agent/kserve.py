@@ -1,4 +1,4 @@
-"""What KServe's own objects say to its node agents: a ConfigMap, and ClusterStorageContainers.
+"""What KServe's own objects say to node agents and to the hook: a ConfigMap, storage containers.
 
 Watched and not asked for (design D16, kserve.md 9.1.10). Both may be absent, or not ours to read:
 then KServe's defaults hold, and the log says so once.
@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.kube import parse
 from agent.kube.client import Api, Json
-from agent.kube.credentials import CONFIG_MAP, Kind, Need
+from agent.kube.credentials import CONFIG_MAP, DEFAULT_JOB_NAMESPACE, Kind, Need
 from agent.kube.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class KServe:
     def look_seconds(self) -> float | None:
         """How often it wants models to be looked at, at least; None where it does not say."""
         return parse.look_seconds(self._map)
+
+    @property
+    def job_namespace(self) -> str:
+        """Where its download Jobs are."""
+        return parse.job_namespace(self._map) or DEFAULT_JOB_NAMESPACE
 
     def read(self, need: Need) -> tuple[bool, Any]:
         """Whether this object is watched, and what it is; None where there is none."""

@@ -155,13 +155,7 @@ class Metrics:
             "Changes of state that docs/states.md does not know: each is a bug.",
             registry=registry,
         )
-        build = Gauge(
-            "localmodel_build_info",
-            "Always 1; the version of the agent.",
-            ["version"],
-            registry=registry,
-        )
-        build.labels(version=__version__).set(1)
+        _tell_version(registry)
         self._preset()
 
     def _preset(self) -> None:
@@ -256,3 +250,64 @@ class _DiskCollector:
     def describe(self) -> Iterable[Metric]:
         """Names without asking the disk: registering must not touch it."""
         return []
+
+
+class HookMetrics:
+    """Those of a controller."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.pods = Counter(
+            "localmodel_hook_pods",
+            "Pods that the hook was asked about, by what it did with them or why it left them"
+            " alone (docs/hook.md).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.validations = Counter(
+            "localmodel_hook_validations",
+            "Caches that the hook was asked about: allowed, refused, or error.",
+            ["result"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "localmodel_hook_duration_seconds",
+            "Seconds from a whole request to its answer.",
+            ["path"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 3),
+            registry=registry,
+        )
+        self.certificate_expiry = Gauge(
+            "localmodel_hook_certificate_expiry_timestamp_seconds",
+            "When the certificate ends that the hook shows, as Unix time.",
+            registry=registry,
+        )
+        self.leader = Gauge(
+            "localmodel_controller_leader",
+            "1 where this replica keeps claims and certificates.",
+            registry=registry,
+        )
+        self.claims = Gauge(
+            "localmodel_controller_claims",
+            "Claims of ours, by whether pods can use them.",
+            ["state"],
+            registry=registry,
+        )
+        self.claims_waiting = Gauge(
+            "localmodel_controller_claims_waiting",
+            "Claims that are not wanted any more, or are to be made anew, and that pods still use.",
+            registry=registry,
+        )
+        _tell_version(registry)
+
+
+def _tell_version(registry: CollectorRegistry) -> None:
+    build = Gauge(
+        "localmodel_build_info",
+        "Always 1; the version of the program.",
+        ["version"],
+        registry=registry,
+    )
+    build.labels(version=__version__).set(1)

@@ -1,6 +1,7 @@
-"""HTTP faces of one agent: metrics and health for the cluster, the verbs for the node's operator.
+"""HTTP faces: metrics and health for the cluster, the verbs for a node's operator, the hook.
 
     TCP   /metrics /healthz /readyz          read by Prometheus and kubelet
+    TLS   POST /mutate, POST /validate       the admission hook, asked by the API server
     Unix  GET /v1                                            whether somebody is there
           GET /v1/models, POST /v1/pull, POST /v1/verify     newline-delimited JSON events
           POST /v1/{why,plan,pin,unpin,evict}
@@ -11,24 +12,32 @@ The socket is in a directory of mode 0700: whoever may open it may have the agen
 import asyncio
 import contextlib
 import json
+import logging
 import os
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 
 from agent import __version__, layout
 from agent.curator import Verb
 from agent.errors import AgentError, Reason
 from agent.events import Event
-from agent.metrics import Metrics
+from agent.hook.review import Answer
+from agent.metrics import HookMetrics, Metrics
 from agent.service import Service
+
+_log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 180.0
 """A loop that finished no turn for so long is not healthy: they come every 30 s at the latest."""
+
+_REVIEW_BYTES = 8 * 1024**2
+"""An API server takes objects of 3 MiB; of an update it sends two."""
 
 _SHUTDOWN_SECONDS = 1.0  # of the ten that a pod has
 
@@ -59,7 +68,7 @@ class Health(Protocol):
 
 
 def health_app(
-    health: Health, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    health: Health, metrics: Metrics | HookMetrics, clock: Callable[[], float] = time.monotonic
 ) -> web.Application:
     """What anybody on the network may ask."""
 
@@ -82,6 +91,40 @@ def health_app(
     app.router.add_get("/metrics", exposition)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
+    return app
+
+
+def hook_app(
+    mutate: Callable[[bytes], Answer],
+    validate: Callable[[bytes], Awaitable[Answer]],
+    metrics: HookMetrics,
+) -> web.Application:
+    """What the API server asks. Whatever goes wrong, it is answered: it would wait."""
+
+    def answering(
+        answer: Callable[[bytes], Awaitable[Answer]], counter: Counter
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handler(request: web.Request) -> web.Response:
+            raw = await request.read()
+            with metrics.seconds.labels(path=request.path).time():
+                try:
+                    found = await answer(raw)
+                except ValueError as error:
+                    counter.labels("invalid").inc()
+                    raise web.HTTPBadRequest(text=f"{error}\n") from error
+            counter.labels(found.outcome).inc()
+            if found.note:
+                _log.info("%s", found.note)
+            return web.Response(body=found.body, content_type="application/json")
+
+        return handler
+
+    async def mutated(raw: bytes) -> Answer:
+        return mutate(raw)
+
+    app = web.Application(client_max_size=_REVIEW_BYTES)
+    app.router.add_post("/mutate", answering(mutated, metrics.pods))
+    app.router.add_post("/validate", answering(validate, metrics.validations))
     return app
 
 
@@ -140,12 +183,14 @@ async def _stream(request: web.Request, events: AsyncGenerator[Event, None]) -> 
 
 
 @contextlib.asynccontextmanager
-async def serve_tcp(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+async def serve_tcp(
+    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
     """Serve until the block ends; the port that was bound."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
+        site = web.TCPSite(runner, host, port, ssl_context=tls)
         try:
             await site.start()
         except OSError as error:

@@ -15,9 +15,9 @@ from math import isinf
 from pathlib import Path
 
 from agent.cli.command import parser
-from agent.config import Settings, variable_of
+from agent.config import ControllerSettings, Settings, variable_of
 from agent.errors import RULES
-from agent.metrics import Metrics
+from agent.metrics import HookMetrics, Metrics
 from agent.model import Space, Traffic
 from agent.phases import MEANING, TRANSITIONS, Phase
 from agent.status import KSERVE_STATUS, WAITS
@@ -69,9 +69,14 @@ def _span(seconds: float) -> str:
 
 def metrics() -> str:
     head = [_NOTE.format(source="agent/metrics.py"), "# Metrics\n"]
-    head.append("Served at `/metrics` of `--listen`. Labels are closed sets.\n")
+    head.append("Labels are closed sets. Those of the agent, at `/metrics` of `--listen`:\n")
     found = Metrics()
     found.watch_disk(Path("/"), _no_space, lambda _: ("device", _TRAFFIC))
+    title = "\n## Those of the controller\n\nAt `/metrics` of `--health-listen`:\n"
+    return "\n".join([*head, _families(found), title, _families(HookMetrics())])
+
+
+def _families(found: Metrics | HookMetrics) -> str:
     rows = []
     for family in sorted(found.registry.collect(), key=lambda family: family.name):
         suffix = "_total" if family.type == "counter" else ""
@@ -79,10 +84,10 @@ def metrics() -> str:
         rows.append(
             (name, family.type, ", ".join(_labels(found, family.name)), family.documentation)
         )
-    return "\n".join([*head, _table(("Name", "Type", "Labels", "Meaning"), rows)])
+    return _table(("Name", "Type", "Labels", "Meaning"), rows)
 
 
-def _labels(found: Metrics, name: str) -> list[str]:
+def _labels(found: Metrics | HookMetrics, name: str) -> list[str]:
     own: Mapping[str, object] = vars(found)
     for metric in own.values():
         if getattr(metric, "_name", None) == name:
@@ -101,13 +106,18 @@ def settings() -> str:
     head = [_NOTE.format(source="agent/config.py"), "# Settings\n"]
     head.append("A flag wins over the variable, the variable over the default. Sizes are written")
     head.append("as Kubernetes does: `500Gi`, `1.5T`, `1048576`.\n")
+    title = "\n## Those of the controller\n"
+    return "\n".join([*head, _fields(Settings), title, _fields(ControllerSettings)])
+
+
+def _fields(of: type[Settings] | type[ControllerSettings]) -> str:
     rows = []
-    for setting in fields(Settings):
+    for setting in fields(of):
         flag = f"`--{setting.name.replace('_', '-')}`"
         variable = f"`{variable_of(setting)}`"
-        default = "" if setting.default in (MISSING, None) else f"`{setting.default}`"
+        default = "" if setting.default in (MISSING, None, ()) else f"`{setting.default}`"
         rows.append((flag, variable, default, setting.metadata["help"]))
-    return "\n".join([*head, _table(("Flag", "Variable", "Default", "Meaning"), rows)])
+    return _table(("Flag", "Variable", "Default", "Meaning"), rows)
 
 
 def cli() -> str:

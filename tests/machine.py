@@ -94,14 +94,12 @@ class Command:
         self.process.communicate()
 
 
-class Agent:
-    """A running `localmodel agent`."""
+class Server:
+    """A running process of ours: its log, its port of metrics and probes, and its end."""
 
-    def __init__(self, machine: "Machine", process: subprocess.Popen[bytes], log: Path) -> None:
-        self.machine = machine
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
         self._log = log
-        self.stopped_well = False
 
     @property
     def pid(self) -> int:
@@ -148,6 +146,24 @@ class Agent:
             for sample in family.samples
         }
 
+    def stop(self, number: int = signal.SIGTERM, *, seconds: float = 10.0) -> int:
+        """End it as kubelet does; its exit code. Fails if it takes longer than a pod has."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Agent(Server):
+    """A running `localmodel agent`."""
+
+    def __init__(self, machine: "Machine", process: subprocess.Popen[bytes], log: Path) -> None:
+        super().__init__(process, log)
+        self.machine = machine
+
     def wait_ready(self) -> "Agent":
         """Until the first turn is over and the socket is there."""
         until(lambda: self.get("/readyz")[0] == 200, self.log_text)
@@ -171,16 +187,6 @@ class Agent:
             return found if as_wanted else {}
 
         return until(reached, lambda: f"{self.status(name)}\n{self.log_text()}")
-
-    def stop(self, number: int = signal.SIGTERM, *, seconds: float = 10.0) -> int:
-        """End it as kubelet does; its exit code. Fails if it takes longer than a pod has."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout=seconds)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 class Machine:

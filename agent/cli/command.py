@@ -13,7 +13,7 @@ from typing import Any
 from agent import __version__
 from agent.cli import housekeeping, verbs
 from agent.cli.doctor import doctor
-from agent.config import Settings, add_flags, read, unify_ca_variables
+from agent.config import ControllerSettings, Settings, add_flags, read, unify_ca_variables
 from agent.errors import AgentError, Reason
 from agent.events import error_event
 
@@ -25,9 +25,8 @@ def run(argv: Sequence[str], *, program: str = "localmodel") -> int:
     arguments = parser(program).parse_args(argv)
     unify_ca_variables(os.environ)
     try:
-        settings = read(vars(arguments), os.environ)
-        verb: _Verb = arguments.verb
-        code = asyncio.run(verb(settings, arguments))
+        settings = read(vars(arguments), os.environ, arguments.of)
+        code: int = asyncio.run(arguments.verb(settings, arguments))
         print(end="", flush=True)  # here, where a reader that went away is expected
     except AgentError as error:
         return verbs.failed(error_event(error), arguments)
@@ -56,6 +55,7 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
         description="A model cache for one machine: downloads once, proves every byte.",
     )
     top.add_argument("--version", action="version", version=f"localmodel {__version__}")
+    top.set_defaults(of=Settings)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     agent = commands.add_parser(
@@ -65,6 +65,15 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     )
     add_flags(agent)
     agent.set_defaults(verb=_agent)
+
+    controller = commands.add_parser(
+        "controller",
+        help="run the admission hook, and keep its claims, until it is told to stop",
+        description="Run the admission hook, and keep the claims that it gives to pods, until it is"
+        " told to stop (SIGTERM). docs/hook.md says what it does with a pod.",
+    )
+    add_flags(controller, of=ControllerSettings)
+    controller.set_defaults(verb=_controller, of=ControllerSettings)
 
     prepare = commands.add_parser(
         "prepare",
@@ -154,6 +163,14 @@ async def _agent(settings: Settings, arguments: argparse.Namespace) -> int:
 
     log_to_stderr()
     await run_agent(settings)
+    return 0
+
+
+async def _controller(settings: ControllerSettings, arguments: argparse.Namespace) -> int:
+    from agent.controller import run_controller
+
+    log_to_stderr()
+    await run_controller(settings)
     return 0
 
 

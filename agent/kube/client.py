@@ -113,6 +113,11 @@ class Api:
         answer = await self._request("PATCH", path, body=body, headers=headers)
         return _object("PATCH", path, answer)
 
+    async def delete(self, path: str, *, uid: str = "") -> None:
+        """`uid`, where it is given, of the only object that may go; another one is a 409."""
+        body = {"preconditions": {"uid": uid}} if uid else {}
+        await self._request("DELETE", path, body=body)
+
     async def watch(
         self, path: str, params: Mapping[str, str], *, metadata: str = ""
     ) -> AsyncGenerator[Json, None]:

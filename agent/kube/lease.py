@@ -35,10 +35,12 @@ class Lease:
         holder: str,
         gone: Callable[[str], bool],
         changed: Callable[[], None],
+        what: str = "this node; it has one agent at most",
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`gone` tells whether another holder is known to have left: then nobody need wait."""
+        """`gone` tells whether another holder is known to have left: then nobody need wait. `what`
+        it is the lease of, for messages."""
         self._api = api
         self._list = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._namespace = namespace
@@ -46,6 +48,7 @@ class Lease:
         self._holder = holder
         self._gone = gone
         self._changed = changed
+        self._what = what
         self._clock = clock
         self._ticks = ticks
         self._object: Json | None = None
@@ -135,13 +138,13 @@ class Lease:
             raise ApiError(0, f"the lease {self._name} was written, and does not name us")
         self._object = answer
         if self._refusal is not None:
-            _log.info("holds the lease of the node again")
+            _log.info("holds the lease %s again", self._name)
         self._refusal = None
 
     def _refused(self, holder: str) -> None:
-        message = f"another agent ({holder}) holds the lease of this node; it has one agent at most"
+        message = f"another agent ({holder}) holds the lease of {self._what}"
         if self._refusal is None:
-            _log.warning("%s", message)
+            _log.info("%s", message)  # whether that is bad, who asked for it knows
         self._refusal = AgentError(Reason.OTHER_AGENT, message)
 
     def _body(self, before: Json) -> Json:

@@ -241,12 +241,23 @@ def storage_container(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def look_seconds(config: Mapping[str, Any] | None) -> float | None:
     """KServe's `reconcilationFrequencyInSecs` (its spelling); None where it says none."""
+    value = _local_model(config).get("reconcilationFrequencyInSecs")
+    return float(value) if type(value) is int and 0 < value < 2**31 else None
+
+
+def job_namespace(config: Mapping[str, Any] | None) -> str:
+    """Where KServe's download Jobs and their claims are; "" where it does not say."""
+    value = _local_model(config).get("jobNamespace")
+    return value if isinstance(value, str) else ""
+
+
+def _local_model(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What the ConfigMap says of the cache; what is wrong in it is said where it is used."""
     try:
         section = json.loads(((config or {}).get("data") or {}).get("localModel") or "{}")
-        value = section.get("reconcilationFrequencyInSecs")
-    except (ValueError, TypeError, AttributeError, RecursionError):  # said where it is used
-        return None
-    return float(value) if type(value) is int and 0 < value < 2**31 else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return section if isinstance(section, Mapping) else {}
 
 
 def group(raw: Mapping[str, Any]) -> Group:

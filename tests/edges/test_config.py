@@ -14,27 +14,27 @@ from agent.quantities import parse_size
 
 def test_flags_win_over_the_environment_and_that_over_the_defaults(tmp_path: Path) -> None:
     environment = {"LOCALMODEL_CONNECTIONS": "3", "LOCALMODEL_MAX_FETCHES": "5"}
-    found = read({"connections": "4", "root": str(tmp_path)}, environment)
+    found = read({"connections": "4", "root": str(tmp_path)}, environment, Settings)
     assert (found.connections, found.max_fetches) == (4, 5)
     assert found.marks(shared=False) == (95.0, 90.0)
     assert found.marks(shared=True) == (78.0, 72.0)
     assert found.state_directory == tmp_path / ".localmodel/state"
-    assert read({"state": "/elsewhere"}, {}).state_directory == Path("/elsewhere")
+    assert read({"state": "/elsewhere"}, {}, Settings).state_directory == Path("/elsewhere")
 
 
 def test_the_default_root_is_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert read({}, {}).root == Path("/somewhere/localmodel")
+    assert read({}, {}, Settings).root == Path("/somewhere/localmodel")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert read({}, {}).root == Path("/home/me/.cache/localmodel")
+    assert read({}, {}, Settings).root == Path("/home/me/.cache/localmodel")
 
 
 def test_paths_are_absolute_because_others_are_told_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = read({"root": "r", "state": "s", "desired": "d"}, {})
+    found = read({"root": "r", "state": "s", "desired": "d"}, {}, Settings)
     assert (found.root, found.state, found.desired) == (
         tmp_path / "r",
         tmp_path / "s",
@@ -66,7 +66,7 @@ def test_nonsense_is_refused_by_its_name(
     flags: dict[str, str], environment: dict[str, str], says: str
 ) -> None:
     with pytest.raises(AgentError) as caught:
-        read(flags, environment)
+        read(flags, environment, Settings)
     assert caught.value.reason is Reason.INVALID_SPEC
     assert says in caught.value.message
 

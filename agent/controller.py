@@ -1,0 +1,201 @@
+"""The controller: the admission hook in every replica, claims and certificates by one of them.
+
+It holds nothing that a restart loses. The hook answers from watched objects and asks nobody while a
+pod waits; where no controller answers, pods start as they would have without it.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from math import inf
+from typing import Any
+
+from agent import USER_AGENT, __version__
+from agent.certificates import expires_at
+from agent.config import ControllerSettings, listen_address
+from agent.errors import AgentError
+from agent.hook import review
+from agent.hook.review import Answer
+from agent.keeper import Keeper
+from agent.kube.client import Api
+from agent.kube.events import Recorder, Subject
+from agent.kube.lease import Lease
+from agent.metrics import HookMetrics
+from agent.server import health_app, hook_app, serve_tcp
+from agent.signing import Signing
+from agent.tasks import first_of, until_told
+from agent.tls import CertificateDirectory, ServerTLS
+from agent.watched import Watched
+
+_log = logging.getLogger(__name__)
+
+NAME = "localmodel-controller"
+"""Of its Deployment, and of its Lease."""
+
+SERVICE = "localmodel-hook"
+_TURN_SECONDS = 5.0
+
+
+async def run_controller(settings: ControllerSettings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    await until_told(_serve(settings), said="")
+
+
+async def _serve(settings: ControllerSettings) -> None:
+    metrics = HookMetrics()
+    api = Api(os.environ, user_agent=USER_AGENT)
+    await api.open()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(api.close)
+        controller = Controller(api, settings, metrics)
+        host, port = listen_address(settings.health_listen)
+        health = health_app(controller, metrics)
+        bound = await stack.enter_async_context(serve_tcp(health, host, port))
+        _log.info("controller %s, metrics on %s:%d", __version__, host, bound)
+        stack.push_async_callback(controller.leave)
+        tasks = [asyncio.create_task(work) for work in controller.work()]
+        try:
+            await first_of(tasks, controller.able.wait())
+            host, port = listen_address(settings.listen)
+            hook = hook_app(controller.mutate, controller.validate, metrics)
+            bound = await stack.enter_async_context(
+                serve_tcp(hook, host, port, tls=controller.tls.context)
+            )
+            _log.info("the hook answers on %s:%d", host, bound)
+            controller.serving = True
+            try:
+                await first_of(tasks, asyncio.Event().wait())
+            except asyncio.CancelledError:
+                controller.serving = False
+                await asyncio.sleep(settings.drain_seconds)
+                raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+class Controller:
+    """One replica."""
+
+    def __init__(self, api: Api, settings: ControllerSettings, metrics: HookMetrics) -> None:
+        self._api = api
+        self._settings = settings
+        self._metrics = metrics
+        self.able = asyncio.Event()
+        """Set when everything was listed once, and there is a certificate to show."""
+        self.serving = False
+        self.turned_at = -inf
+        self._led = False
+        namespace = settings.pod_namespace
+        self.tls = ServerTLS()
+        self._recorder = Recorder(api, node=socket.gethostname())
+        self._watched = Watched(
+            api,
+            namespace=namespace,
+            kserve_namespace=settings.kserve_namespace,
+            entrypoints=settings.entrypoints,
+            changed=self._changed,
+        )
+        self._lease = Lease(
+            api,
+            namespace,
+            NAME,
+            holder=f"{namespace}/{settings.pod_name or socket.gethostname()}",
+            gone=lambda holder: False,
+            changed=self._changed,
+            what="the controllers, and keeps their claims and certificates",
+        )
+        self._keeper = Keeper(api, self._watched, self._recorder, metrics, leads=self.leads)
+        self._signing = Signing(
+            api,
+            self.tls,
+            metrics,
+            namespace=namespace,
+            names=settings.names or _names(namespace),
+            leads=self.leads,
+            tell=self._tell,
+            changed=self._changed,
+        )
+
+    def work(self) -> list[Coroutine[Any, Any, None]]:
+        """Everything that goes on, each until cancelled."""
+        watches = [*self._watched.watches]
+        others = [self._lease.run(), self._recorder.run(), self._keeper.run(), self._turn()]
+        if self._settings.tls_dir is None:
+            watches.append(self._signing.watch)
+            others.append(self._signing.run())
+        else:
+            others.append(self._follow(CertificateDirectory(self._settings.tls_dir, self.tls)))
+        return [*(watch.run() for watch in watches), *others]
+
+    async def _follow(self, directory: CertificateDirectory) -> None:
+        while True:
+            self._metrics.certificate_expiry.set(expires_at(self.tls.certificate))
+            self._changed()
+            await asyncio.sleep(_TURN_SECONDS)
+            await asyncio.to_thread(directory.look)
+
+    async def leave(self) -> None:
+        """Let another replica lead."""
+        await self._lease.release()
+
+    def leads(self) -> bool:
+        """Whether this replica is the one that writes. Nothing is decided before all was listed:
+        absence is no command."""
+        answered = self._lease.answered.is_set()
+        return answered and self._lease.obstacle() is None and self._watched.listed
+
+    def _changed(self) -> None:
+        self._keeper.wake()
+        if (leads := self.leads()) != self._led:
+            self._led = leads
+            self._signing.wake()
+        if not self.able.is_set() and self._watched.listed and self.tls.certificate:
+            self.able.set()
+
+    async def _turn(self) -> None:
+        """What is to be looked at now and then, also while nobody asks."""
+        while True:
+            world = self._watched.world
+            self._metrics.leader.set(self.leads())
+            bound = len(world.claims)
+            self._metrics.claims.labels(state="bound").set(bound)
+            unbound = len(self._watched.claims.objects) - bound
+            self._metrics.claims.labels(state="unbound").set(unbound)
+            self.turned_at = time.monotonic()
+            await asyncio.sleep(_TURN_SECONDS)
+
+    # -- answering ------------------------------------------------------------------------------
+
+    def mutate(self, raw: bytes) -> Answer:
+        """The answer to an AdmissionReview of a pod."""
+        return review.mutating(raw, self._watched.world)
+
+    async def validate(self, raw: bytes) -> Answer:
+        """The answer to an AdmissionReview of a cache."""
+        return review.validating(raw, self._watched.world)
+
+    def not_ready(self) -> str | None:
+        """Why this replica is not to be asked, for its probe; None when it is."""
+        if self.serving:
+            return None
+        if self.able.is_set():
+            return "it is about to end"
+        waits = [] if self.tls.certificate else ["waits for a certificate"]
+        return "; ".join(["waits for the API server", *waits, *self._watched.failures])
+
+    def _tell(self, error: AgentError) -> None:
+        _log.warning("%s", error.message)
+        subject = Subject("Deployment", self._settings.pod_namespace, NAME, "", api="apps/v1")
+        self._recorder.say(subject, "Warning", error.reason.value, error.message)
+
+
+def _names(namespace: str) -> tuple[str, ...]:
+    """What the API server calls the hook by."""
+    base = f"{SERVICE}.{namespace}"
+    return f"{base}.svc", base, SERVICE

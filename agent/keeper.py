@@ -1,0 +1,150 @@
+"""Makes the claims and volumes that `hook.volumes` plans; one replica at a time (design D8).
+
+Level-triggered: whatever changes, all of it is planned again. What failed is tried again, later
+each time, and said on the node group.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from math import inf
+
+from agent.backoff import doubling
+from agent.errors import RULES, AgentError, Reason
+from agent.hook.volumes import Action, Create, Delete, Mend, Place, Plan, mounted, plan
+from agent.kube.client import Api, ApiError
+from agent.kube.events import Recorder, Subject
+from agent.metrics import HookMetrics
+from agent.watched import Watched
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 60.0
+"""How often the pods are asked that still keep a claim which is not wanted any more."""
+
+_RULE = RULES[Reason.CLAIM_FAILED]
+_PAGE = "500"
+
+
+class Keeper:
+    """The *volumes* role."""
+
+    def __init__(
+        self,
+        api: Api,
+        watched: Watched,
+        recorder: Recorder,
+        metrics: HookMetrics,
+        *,
+        leads: Callable[[], bool],
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._api = api
+        self._watched = watched
+        self._recorder = recorder
+        self._metrics = metrics
+        self._leads = leads
+        self._ticks = ticks
+        self._flag = asyncio.Event()
+        self._failed: dict[Place, tuple[int, float]] = {}
+        self._waiting: frozenset[Place] = frozenset()
+        self._asked_at = -inf
+
+    def wake(self) -> None:
+        self._flag.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            delay = _LOOK_SECONDS
+            if self._leads():
+                delay = await self._turn()
+            try:
+                async with asyncio.timeout(delay):
+                    await self._flag.wait()
+            except TimeoutError:
+                pass
+            self._flag.clear()
+
+    async def _turn(self) -> float:
+        """Seconds until the next one, if nothing changes before."""
+        found = self._plan(used=None)
+        now = self._ticks()
+        # Asked anew each time that something is to be deleted: who came a minute ago counts.
+        if found.wait - self._waiting or (found.wait and now - self._asked_at >= _LOOK_SECONDS):
+            self._asked_at, self._waiting = now, found.wait
+            if (used := await self._ask()) is not None:
+                found = self._plan(used=used)
+        self._waiting &= found.wait
+        self._metrics.claims_waiting.set(len(found.wait))
+        self._failed = {place: f for place, f in self._failed.items() if place in found.actions}
+        for place, action in found.actions.items():
+            if self._failed.get(place, (0, now))[1] <= now:
+                await self._apply(place, action)
+        again = [at for _, at in self._failed.values()]
+        return max(1.0, min([_LOOK_SECONDS, *(at - now for at in again)]))
+
+    def _plan(self, *, used: frozenset[Place] | None) -> Plan:
+        return plan(
+            self._watched.groups.objects.values(),
+            self._watched.injected,
+            self._watched.claims.objects.values(),
+            self._watched.volumes.objects.values(),
+            used=used,
+        )
+
+    async def _ask(self) -> frozenset[Place] | None:
+        """The places that a pod uses; None where the API server cannot say."""
+        used: frozenset[Place] = frozenset()
+        params = {"limit": _PAGE}
+        try:
+            while True:
+                page = await self._api.list("/api/v1/pods", params)
+                used = used.union(*map(mounted, page["items"] or ()))
+                if not (rest := page["metadata"].get("continue")):
+                    return used
+                params["continue"] = rest
+        except (AgentError, LookupError, TypeError, AttributeError) as error:
+            _log.warning("nobody can tell which claims are in use: %s", error)
+            return None
+
+    async def _apply(self, place: Place, action: Action) -> None:
+        try:
+            match action:
+                case Create(path=path, body=body):
+                    await self._api.create(path, dict(body))
+                case Delete(path=path, uid=uid):
+                    await self._api.delete(path, uid=uid)
+                case Mend(path=path, change=change):
+                    await self._api.patch(path, dict(change))
+        except ApiError as error:
+            if isinstance(action, Delete) and error.status == 404:
+                return
+            self._fail(place, error)
+        else:
+            self._failed.pop(place, None)
+            _log.info("%s %s", type(action).__name__.lower(), _named(action))
+
+    def _fail(self, place: Place, error: ApiError) -> None:
+        count = self._failed.get(place, (0, 0.0))[0] + 1
+        delay = doubling(_RULE.first_seconds, _RULE.cap_seconds, count)
+        delay = max(delay, error.retry_after_seconds or 0.0)
+        self._failed[place] = count, self._ticks() + delay
+        namespace, name = place
+        message = f"no claim of the node group {name} in {namespace}: {error.message}"
+        if error.status == 409 and count > 1:
+            message += "; that one is not ours: rename it or remove it"
+        _log.warning("%s", message)
+        group = self._watched.groups.objects.get(name)
+        if group is not None and count > 1:  # the first may be our own view that is late
+            subject = Subject("LocalModelNodeGroup", "", name, group.uid)
+            self._recorder.say(
+                subject, "Warning", Reason.CLAIM_FAILED.value, message, topic=namespace
+            )
+
+
+def _named(action: Action) -> str:
+    if isinstance(action, Create):
+        return f"{action.path}/{action.body['metadata']['name']}"
+    return action.path

@@ -1,0 +1,119 @@
+"""The real controller beside the real API server: under the shipped account, called by the shipped
+webhook configuration, on loopback."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests import leaks
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.identity import NAMESPACE
+from tests.machine import REPOSITORY, Server, replace, until
+
+ACCOUNT = "localmodel-controller"
+REGISTRATION = "/apis/admissionregistration.k8s.io/v1"
+MUTATING = f"{REGISTRATION}/mutatingwebhookconfigurations/localmodel-hook"
+VALIDATING = f"{REGISTRATION}/validatingwebhookconfigurations/localmodel-hook"
+SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/localmodel-hook"
+
+
+class Controller(Server):
+    """One replica."""
+
+    @functools.cached_property
+    def hook_port(self) -> int:
+        def bound() -> int:
+            assert self.process.poll() is None, self.log_text()
+            found = self.said("the hook answers on 127.0.0.1:")
+            return int(found[0].rpartition(":")[2]) if found else 0
+
+        return until(bound, self.log_text)
+
+    def wait_ready(self) -> "Controller":
+        until(lambda: self.get("/readyz")[0] == 200, self.log_text)
+        return self
+
+
+class Controllers:
+    """Replicas on one API server, and which of them it calls."""
+
+    def __init__(self, plane: ControlPlane, home: Path) -> None:
+        self.plane = plane
+        self.home = home
+        home.mkdir()
+        token = home / "token"
+        replace(token, plane.token(ACCOUNT, NAMESPACE))
+        self._kubeconfig = plane.token_kubeconfig(home / "kubeconfig", token)
+        self._running: list[Controller] = []
+
+    def start(self, *flags: str, mode: str = "kserve") -> Controller:
+        number = len(self._running)
+        path = self.home / f"controller-{number}.log"
+        arguments = [
+            *(sys.executable, "-m", "agent", "controller", "--mode", mode),
+            *("--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
+            *("--names", "127.0.0.1", "--drain-seconds", "0", *flags),
+        ]
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(REPOSITORY),
+            "KUBECONFIG": str(self._kubeconfig),
+            "POD_NAME": f"controller-{number}",
+            "POD_NAMESPACE": NAMESPACE,
+        }
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.home,
+                env=environment,
+            )
+        made = Controller(process, path)
+        self._running.append(made)
+        return made
+
+    def called(self, controller: Controller) -> None:
+        """From now on the API server calls this one, by the shipped configuration."""
+        self.call(f"https://127.0.0.1:{controller.hook_port}")
+        until(self._trusted, controller.log_text)
+
+    def call(self, base: str) -> None:
+        for path in (MUTATING, VALIDATING):
+            if (answer := self.plane.request("GET", path)).status == 404:
+                continue
+            found = answer.ok()
+            for hook in found["webhooks"]:
+                config = hook["clientConfig"]
+                config["url"] = f"{base}/{config['url'].rpartition('/')[2]}"
+            self.plane.request("PUT", path, found).ok()
+
+    def _trusted(self) -> bool:
+        secret = self.plane.request("GET", SECRET).ok().get("data") or {}
+        hooks: list[dict[str, Any]] = self.plane.request("GET", MUTATING).ok()["webhooks"]
+        return all(h["clientConfig"].get("caBundle") == secret.get("ca.crt") for h in hooks)
+
+    def close(self) -> None:
+        for controller in self._running:
+            if controller.process.poll() is None:
+                leaks.check("/metrics", controller.get("/metrics")[1])
+                controller.kill()
+            text = controller.log_text()
+            assert "Traceback" not in text, text
+            assert "never retrieved" not in text, text
+            leaks.check("a controller's log", text)
+
+
+@contextmanager
+def controllers(plane: ControlPlane, home: Path) -> Iterator[Controllers]:
+    made = Controllers(plane, home)
+    try:
+        yield made
+    finally:
+        made.close()
