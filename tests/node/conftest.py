@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.hub import Hub
+from tests.node.host import ADDRESS
 from tests.node.image import agent_image as build
+from tests.node.installation import Agent, install
 from tests.node.node import STATE, Node
 from tests.node.objects import Lab
 from tests.node.packages import need_host
@@ -31,6 +34,19 @@ def lab(node: Node, request: pytest.FixtureRequest) -> Iterator[Lab]:
     path: Path = STATE / "volumes" / name
     with closing(Lab(node, name, path)) as lab:
         yield lab
+
+
+@pytest.fixture(scope="package")
+def hub(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """On the node's bridge, where pods reach it."""
+    with Hub(tmp_path_factory.mktemp("hub"), host=ADDRESS) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="package")
+def agent(node: Node, hub: Hub, agent_image: Path) -> Agent:
+    """Installed as the README says, on the one node of its group."""
+    return install(node, hub, agent_image)
 
 
 @pytest.fixture(scope="package")

@@ -190,6 +190,8 @@ class Node:
                 f"--kubelet-client-key={pki / 'admin.key'}",
                 f"--kubelet-certificate-authority={pki / 'ca.crt'}",
                 "--kubelet-preferred-address-types=InternalIP",
+                # There is no kube-proxy: webhooks are called where their pods are.
+                "--enable-aggregator-routing=true",
             ],
             prefix=self.inside(),
         )

@@ -74,15 +74,16 @@ def container(name: str, script: str, mounts: Mapping[str, str]) -> dict[str, An
 
 
 class Pod:
-    """A pod in the namespace `default`, and what became of it."""
+    """A pod, and what became of it."""
 
-    def __init__(self, node: Node, name: str) -> None:
+    def __init__(self, node: Node, name: str, namespace: str = "default") -> None:
         self.name = name
+        self.namespace = namespace
         self._plane = node.plane
 
     def get(self) -> dict[str, Any]:
         found: dict[str, Any] = self._plane.request(
-            "GET", f"/api/v1/namespaces/default/pods/{self.name}"
+            "GET", f"/api/v1/namespaces/{self.namespace}/pods/{self.name}"
         ).ok()
         return found
 
@@ -99,7 +100,8 @@ class Pod:
     def events(self, reason: str) -> list[str]:
         """The messages of its events with that reason, as often as they came."""
         query = f"fieldSelector=involvedObject.name={self.name},reason={reason}"
-        found = self._plane.request("GET", f"/api/v1/namespaces/default/events?{query}").ok()
+        path = f"/api/v1/namespaces/{self.namespace}/events?{query}"
+        found = self._plane.request("GET", path).ok()
         return [one["message"] for one in found["items"] for _ in range(one.get("count") or 1)]
 
     def wait_running(self, name: str = "server", *, restarts: int = 0) -> "Pod":
@@ -113,7 +115,12 @@ class Pod:
 
     def run(self, *command: str, container: str = "server") -> str:
         """What a command prints in it."""
-        return self._plane.kubectl("exec", self.name, "-c", container, "--", *command)
+        return self._plane.kubectl(
+            "exec", self.name, "-n", self.namespace, "-c", container, "--", *command
+        )
+
+    def log(self, container: str) -> str:
+        return self._plane.kubectl("logs", self.name, "-n", self.namespace, "-c", container)
 
     def end(self) -> None:
         """Have its server end, and so be started again."""
@@ -121,7 +128,7 @@ class Pod:
             self.run("kill", "1")
 
     def describe(self) -> str:
-        return self._plane.kubectl("describe", "pod", self.name)
+        return self._plane.kubectl("describe", "pod", self.name, "-n", self.namespace)
 
 
 class Lab:
