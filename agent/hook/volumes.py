@@ -121,6 +121,7 @@ def plan(
         claim, volume = there.get(place), made.get(volume_name(place))
         group = wanted.get(place)
         stale = group is None or (volume is not None and volume.spec_hash != _hash(group))
+        stale = stale or (claim is not None and claim.phase == "Lost")  # its volume was taken away
         going = claim is not None and stale and not claim.deleting
         if going and (used is None or place in used):
             wait.add(place)
@@ -134,7 +135,7 @@ def _step(
 ) -> Action | None:
     if (claim is not None and claim.deleting) or (volume is not None and volume.deleting):
         return None  # until it has gone
-    if claim is not None and (stale or claim.phase == "Lost"):  # lost: somebody took its volume
+    if claim is not None and stale:
         return Delete(path=_claim_path(claim.namespace, claim.name), uid=claim.uid)
     if volume is not None and (stale or volume.phase == "Failed"):
         return Delete(path=_VOLUME + volume.name)

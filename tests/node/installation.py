@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from agent import layout
 from agent.model import cache_key
+from tests.cluster.control_plane import KubectlError
 from tests.cluster.identity import NAMESPACE, make_kserves_namespaces
 from tests.fakes.hub import Hub
 from tests.machine import REPOSITORY, until
@@ -18,6 +20,7 @@ from tests.node.objects import PATIENCE
 
 AGENT = "localmodel-agent"
 CONTROLLER = "localmodel-controller"
+OWNER = 64000
 GROUP = "gpu"
 """The node group of `crds/examples`, whose only node this is."""
 
@@ -78,6 +81,28 @@ class Agent:
 
     def wait_downloaded(self, name: str) -> None:
         until(lambda: self.status().get(name) == "ModelDownloaded", self.describe, seconds=PATIENCE)
+
+    def verb(self, *arguments: str) -> str:
+        """What a verb in the agent's pod prints, whether it is so or not."""
+        pod = self.wait_ready()["metadata"]["name"]
+        command = ("localmodel", *arguments)
+        try:
+            return self.node.plane.kubectl(
+                "exec", pod, "-n", NAMESPACE, "-c", "agent", "--", *command
+            )
+        except KubectlError as error:
+            return str(error)
+
+    def process(self) -> psutil.Process:
+        """The agent's, as the host sees it."""
+        found = [
+            process
+            for process in psutil.process_iter(["cmdline", "uids"])
+            if process.info["uids"].real == OWNER
+            and "agent" in (process.info["cmdline"] or ())[1:3]
+        ]
+        (agent,) = found
+        return agent
 
     def describe(self) -> str:
         """For the message of a test that waits in vain."""

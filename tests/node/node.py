@@ -254,6 +254,16 @@ class Node:
         if name == "containerd":
             until(self._containerd_serves, self._servers[name].tail, seconds=60)
 
+    def kill_sandbox(self, namespace: str, pod: str) -> None:
+        """As after a crash of the machine: kubelet makes another, and the pod begins anew."""
+        wanted = (
+            f'labels."io.kubernetes.pod.namespace"=={namespace},'
+            f'labels."io.kubernetes.pod.name"=={pod},'
+            'labels."io.cri-containerd.kind"==sandbox'
+        )
+        (sandbox,) = self._ctr("containers", "ls", "--quiet", wanted).split()
+        self._ctr("tasks", "kill", "--signal=SIGKILL", sandbox)
+
     def log(self, name: str) -> str:
         return self._servers[name].log.read_text(errors="replace")
 

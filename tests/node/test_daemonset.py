@@ -17,7 +17,7 @@ from tests.cluster.identity import NAMESPACE
 from tests.fakes.hub import Slow
 from tests.machine import files_of, until
 from tests.node.host import NAME
-from tests.node.installation import Agent
+from tests.node.installation import OWNER, Agent
 from tests.node.node import on_host
 from tests.node.objects import PATIENCE, SLEEP, Lab, container
 
@@ -27,7 +27,6 @@ FILES = {
     "model-2.safetensors": random.Random(2).randbytes(3_000_000),
     "sub/notes.md": b"# notes\n",
 }
-OWNER = 64000
 
 
 def test_prepare_gives_the_agent_its_directories(agent: Agent) -> None:

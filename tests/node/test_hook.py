@@ -4,16 +4,20 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from agent import layout
 from agent.model import cache_key
 from tests.cluster.identity import NAMESPACE
 from tests.cluster.nodes import cache
-from tests.fakes.hub import Hub
+from tests.fakes.hub import Hub, Slow
 from tests.machine import until
 from tests.node.installation import CONTROLLER, GROUP, Agent
-from tests.node.objects import PATIENCE
+from tests.node.node import BUSYBOX, on_host
+from tests.node.objects import PATIENCE, SLEEP, Pod, claim
+from tests.node.objects import volume as kserve_volume
 from tests.node.tenants import SERVER, Tenant, initializer_image, tree
 
 FILES = {
@@ -81,3 +85,319 @@ def test_a_predictor_starts_from_the_cache_and_asks_no_origin(
     assert tree(pod) == digests(FILES)
     assert "from this node's cache" in pod.log("storage-initializer")
     assert sent(serving.hub, repo) == before
+
+
+def test_while_the_model_comes_the_pod_waits_and_says_how_far_it_is(
+    serving: Agent, tenant: Tenant
+) -> None:
+    repo = "acme/coming"
+    serving.hub.add(repo, FILES)
+    serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=300_000))
+    known(serving, "coming", repo)
+    serving.want("coming", repo)
+    until(lambda: serving.status().get("coming") == "ModelDownloading", serving.describe)
+    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+    pod.wait_running("storage-initializer")
+    until(lambda: "waiting" in pod.log("storage-initializer"), pod.describe)
+    serving.hub.clear_faults()
+    pod.wait_running(SERVER)
+    assert tree(pod) == digests(FILES)
+    assert sent(serving.hub, repo) < 1.5 * sum(map(len, FILES.values())), "downloaded twice"
+
+
+def downloaded_by_itself(pod: Pod, uri: str) -> None:
+    """It started as it would have without us."""
+    pod.wait_running(SERVER)
+    assert tree(pod) == digests(FILES)
+    log = pod.log("storage-initializer")
+    assert f"runs the original entrypoint for: {uri}" in log
+    assert f"downloaded {uri}" in log
+
+
+def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/too-large"
+    serving.hub.add(repo, FILES)
+    group = f"/apis/serving.kserve.io/v1alpha1/localmodelnodegroups/{GROUP}"
+    plane = serving.node.plane
+    limit = plane.request("GET", group).ok()["spec"]["storageLimit"]
+    plane.request("PATCH", group, {"spec": {"storageLimit": "1Ki"}}).ok()
+    try:
+        known(serving, "too-large", repo)
+        serving.want("too-large", repo)
+        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+        downloaded_by_itself(pod, f"hf://{repo}")
+        assert "the cache cannot bring it: InsufficientCapacity" in pod.log("storage-initializer")
+    finally:
+        plane.request("PATCH", group, {"spec": {"storageLimit": limit}}).ok()
+        serving.forget("too-large")
+
+
+def test_the_deadline_is_the_pods_own(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/too-slow"
+    serving.hub.add(repo, FILES)
+    known(serving, "too-slow", repo)
+    serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=50_000))
+    serving.want("too-slow", repo)
+    try:
+        until(lambda: serving.status().get("too-slow") == "ModelDownloading", serving.describe)
+        wait = {"localmodel-agent.io/wait": "4s"}
+        pod = tenant.predictor("p", f"hf://{repo}", FILES, annotations=wait)
+        made = tenant.create(pod)
+        made.wait_running("storage-initializer")
+        until(lambda: "waited long enough" in made.log("storage-initializer"), made.describe)
+        serving.hub.clear_faults()
+        downloaded_by_itself(made, f"hf://{repo}")
+    finally:
+        serving.hub.clear_faults()
+        serving.forget("too-slow")
+
+
+def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/abandoned"
+    serving.hub.add(repo, FILES)
+    known(serving, "abandoned", repo)
+    serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=10_000))
+    serving.want("abandoned", repo)
+    agent = serving.process()
+    try:
+        until(lambda: serving.status().get("abandoned") == "ModelDownloading", serving.describe)
+        agent.suspend()  # to its pod, as good as dead; and kubelet does not start it again yet
+        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+        pod.wait_running("storage-initializer")
+        until(lambda: "waiting" in pod.log("storage-initializer"), pod.describe)
+        serving.hub.clear_faults()
+        silent = "the agent of this node is silent"
+        until(lambda: silent in pod.log("storage-initializer"), pod.describe, seconds=90)
+        downloaded_by_itself(pod, f"hf://{repo}")
+    finally:
+        agent.resume()
+        serving.hub.clear_faults()
+        serving.wait_ready()
+
+
+def test_what_the_original_began_the_original_ends(serving: Agent, tenant: Tenant) -> None:
+    """A pod that was there before the hook, say, and whose sandbox is made again."""
+    repo = "acme/half-done"
+    serving.hub.add(repo, FILES)
+    known(serving, "half-done", repo)
+    serving.want("half-done", repo)
+    serving.wait_downloaded("half-done")
+    pod = tenant.predictor("p", f"hf://{repo}", FILES)
+    (initializer,) = pod["spec"]["initContainers"]
+    (volume,) = [mount for mount in initializer["volumeMounts"] if "models" in mount["mountPath"]]
+    half = {
+        **{"name": "half", "image": BUSYBOX, "imagePullPolicy": "Never", "volumeMounts": [volume]},
+        "command": ["sh", "-c", "printf half >/mnt/models/config.json"],
+    }
+    pod["spec"]["initContainers"].insert(0, half)
+    downloaded_by_itself(tenant.create(pod), f"hf://{repo}")
+
+
+def test_run_again_it_links_again(serving: Agent, tenant: Tenant) -> None:
+    """Kubelet runs init containers again when the pod's sandbox is made again."""
+    repo = "acme/twice"
+    serving.hub.add(repo, FILES)
+    known(serving, "twice", repo)
+    serving.want("twice", repo)
+    serving.wait_downloaded("twice")
+    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES)).wait_running(SERVER)
+    before = sent(serving.hub, repo)
+    first = pod.container("storage-initializer")["containerID"]
+    serving.node.kill_sandbox(pod.namespace, pod.name)
+    until(
+        lambda: pod.container("storage-initializer").get("containerID", first) != first,
+        pod.describe,
+        seconds=PATIENCE,
+    )
+    until(lambda: "running" in pod.container(SERVER).get("state", {}), pod.describe)
+    assert tree(pod) == digests(FILES)
+    assert "from this node's cache" in pod.log("storage-initializer")
+    assert sent(serving.hub, repo) == before
+
+
+def test_a_pod_that_kserve_rewrote_starts_when_its_model_is_there(
+    serving: Agent, tenant: Tenant
+) -> None:
+    """KServe routes pods to a node that has nothing yet. Without us kubelet makes an empty
+    directory in the cache, and the server starts on that (test_kubelet_facts)."""
+    repo = "acme/rewritten"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "rewritten", repo)
+    claim_of_kserve(tenant, "rewritten-gpu")
+    pod = tenant.create(tenant.rewritten("p", uri, "rewritten-gpu"))
+    until(lambda: pod.waits_for(SERVER) == "CreateContainerConfigError", pod.describe, seconds=60)
+    model = on_host("/models") / layout.model(cache_key(uri))
+    assert not model.exists()
+    serving.want("rewritten", repo)
+    pod.wait_running(SERVER)
+    assert tree(pod) == digests(FILES)
+    (volume,) = [v for v in pod.get()["spec"]["volumes"] if v["name"] == "kserve-pvc-source"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "rewritten-gpu", "readOnly": True}
+
+
+def test_no_pod_changes_the_cache_whatever_it_asks_of_its_volumes(
+    serving: Agent, tenant: Tenant
+) -> None:
+    """OpenShift's SCCs set these on every pod. (SELinux is not on here: of its labels nothing can
+    be shown, but that the fields are taken.)"""
+    repo = "acme/untouched"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "untouched", repo)
+    serving.want("untouched", repo)
+    serving.wait_downloaded("untouched")
+    claim_of_kserve(tenant, "untouched-gpu")
+    before = modes(on_host("/models"))
+    security = {
+        **{"runAsUser": 1000680000, "runAsGroup": 0, "fsGroup": 1000680000},
+        "seLinuxOptions": {"level": "s0:c26,c10"},
+    }
+    for name, pod in (
+        ("wrapped", tenant.predictor("wrapped", uri, FILES)),
+        ("rewritten", tenant.rewritten("rewritten", uri, "untouched-gpu")),
+    ):
+        pod["spec"]["securityContext"] = security
+        made = tenant.create(pod).wait_running(SERVER)
+        assert tree(made) == digests(FILES)
+        place = "/mnt/localmodel/models" if name == "wrapped" else "/mnt/models"
+        script = f"touch {place}/new || echo refused; chmod 777 {place}/* || echo refused"
+        said = made.run("sh", "-c", script, container=SERVER)
+        assert said.split().count("refused") == 2
+        assert modes(on_host("/models")) == before
+
+
+def test_two_teams_under_the_restricted_standard_read_one_model(
+    serving: Agent, tenant: Tenant
+) -> None:
+    repo = "acme/shared"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "shared", repo)
+    serving.want("shared", repo)
+    serving.wait_downloaded("shared")
+    before = sent(serving.hub, repo)
+    for number in (1, 2):
+        name = f"restricted-{number}"
+        with closing(Tenant(serving.node, serving.hub, name, restricted=True)) as team:
+            team.wait_claim()
+            pod = team.predictor("p", uri, FILES)
+            pod["spec"]["securityContext"] |= {
+                "runAsNonRoot": True,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            }
+            for container in pod["spec"]["initContainers"] + pod["spec"]["containers"]:
+                container["securityContext"] = {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                }
+            made = team.create(pod).wait_running(SERVER)
+            assert tree(made) == digests(FILES)
+    assert sent(serving.hub, repo) == before
+
+
+def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/kept"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "kept", repo)
+    model = serving.want("kept", repo)
+    serving.wait_downloaded("kept")
+    pod = tenant.create(tenant.predictor("p", uri, FILES)).wait_running(SERVER)
+    serving.forget("kept")
+    until(lambda: "kept" not in serving.status(), serving.describe)
+    refused = serving.verb("evict", uri)
+    assert f"pod {tenant.name}/p" in refused, refused
+    assert tree(pod) == digests(FILES)
+    tenant.remove(pod)
+    until(lambda: not model.exists(), serving.describe, seconds=PATIENCE)
+
+
+def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/plain"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "plain", repo)
+    labels = {"app": "vllm"}
+    server = {
+        **{"name": SERVER, "image": BUSYBOX, "imagePullPolicy": "Never"},
+        "command": ["sh", "-c", SLEEP],
+    }
+    template = {
+        "metadata": {"labels": labels, "annotations": {"localmodel-agent.io/source": uri}},
+        "spec": {"containers": [server], "terminationGracePeriodSeconds": 1},
+    }
+    serving.node.plane.apply(
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "vllm", "namespace": tenant.name},
+            "spec": {"selector": {"matchLabels": labels}, "template": template},
+        }
+    )
+
+    def name() -> str:
+        found = serving.node.plane.get("pods", "-n", tenant.name, "-l", "app=vllm")["items"]
+        return str(found[0]["metadata"]["name"]) if found else ""
+
+    pod = Pod(serving.node, until(name, "no pod"), tenant.name)
+    until(lambda: pod.waits_for(SERVER) == "CreateContainerConfigError", pod.describe, seconds=60)
+    serving.want("plain", repo)
+    pod.wait_running(SERVER)
+    assert tree(pod) == digests(FILES)
+
+
+def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/alone"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, FILES)
+    known(serving, "alone", repo)
+    serving.want("alone", repo)
+    serving.wait_downloaded("alone")
+    scale(serving, 0)
+    try:
+        pod = tenant.predictor("p", uri, FILES)
+        made = tenant.create(pod)
+        assert "localmodel-agent.io/injected" not in made.get()["metadata"]["annotations"]
+        made.wait_running(SERVER)
+        assert tree(made) == digests(FILES)
+        assert made.log("storage-initializer").split() == ["downloaded", uri]
+    finally:
+        scale(serving, 2)
+    again = tenant.create(tenant.predictor("again", uri, FILES))
+    assert "localmodel-agent.io/injected" in again.get()["metadata"]["annotations"]
+
+
+def scale(serving: Agent, replicas: int) -> None:
+    plane = serving.node.plane
+    flag = f"--replicas={replicas}"
+    plane.kubectl("scale", "deployment", CONTROLLER, "-n", NAMESPACE, flag)
+
+    def done() -> bool:
+        status = plane.get("deployment", CONTROLLER, "-n", NAMESPACE)["status"]
+        ready = int(status.get("readyReplicas", 0))
+        return ready == replicas == len(serving.pods(CONTROLLER))
+
+    until(done, lambda: _controllers(serving), seconds=PATIENCE)
+
+
+def claim_of_kserve(tenant: Tenant, name: str) -> None:
+    """The volume and claim that KServe's controller makes for an InferenceService."""
+    volume = kserve_volume(f"{name}-{tenant.name}", Path("/models"))
+    wanted = claim(name)
+    wanted["metadata"]["namespace"] = tenant.name
+    wanted["spec"]["volumeName"] = volume["metadata"]["name"]
+    plane = tenant.node.plane
+    plane.apply(volume, wanted)
+    path = f"/api/v1/namespaces/{tenant.name}/persistentvolumeclaims/{name}"
+    until(lambda: plane.request("GET", path).ok()["status"].get("phase") == "Bound", "not bound")
+
+
+def modes(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Mode, user and group of all that is on offer in the cache."""
+    found = {}
+    for directory in (root, root / layout.MODELS, root / layout.MANIFESTS):
+        for path in (directory, *directory.rglob("*")):
+            status = path.lstat()
+            found[str(path)] = status.st_mode, status.st_uid, status.st_gid
+    return found

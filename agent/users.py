@@ -1,0 +1,52 @@
+"""Who uses a cache that is to be deleted: asked of the API server, and of nobody else.
+
+Once in a while a person deletes a cache; who asks then may wait for the answer, unlike a pod.
+"""
+
+from agent.errors import AgentError
+from agent.hook.review import Deletion
+from agent.hook.validation import Users
+from agent.kube import parse
+from agent.kube.client import Api, ApiError, Json
+
+_VERSIONS = {"inferenceservices": "v1beta1", "llminferenceservices": "v1alpha1"}
+_PAGE = "500"
+
+
+async def users_of(api: Api, deletion: Deletion) -> Users:
+    """Raises ApiError where the server cannot tell: then it must not be deleted."""
+    services = [
+        service
+        for resource, namespace, name in deletion.services
+        if (service := await _service(api, resource, namespace, name)) is not None
+    ]
+    return Users(services=tuple(services), pods=tuple(await _pods(api, deletion)))
+
+
+async def _service(api: Api, resource: str, namespace: str, name: str) -> Json | None:
+    """None for one that is no more: KServe's own webhook would not let such a cache go."""
+    group = f"/apis/{parse.GROUP}/{_VERSIONS[resource]}"
+    try:
+        return await api.get(f"{group}/namespaces/{namespace}/{resource}/{name}")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return None
+
+
+async def _pods(api: Api, deletion: Deletion) -> list[str]:
+    """Those that rely on its key and have not ended."""
+    where = f"/namespaces/{deletion.namespace}" if deletion.namespace else ""
+    params, found = {"limit": _PAGE}, []
+    while True:
+        page = await api.list(f"/api/v1{where}/pods", params)
+        for raw in page["items"] or ():
+            try:
+                pod = parse.pod(raw)
+            except (AgentError, LookupError, TypeError, AttributeError, ValueError):
+                continue  # it has nothing of ours, which is well formed
+            if deletion.key in pod.keys and not pod.finished:
+                found.append(f"{pod.namespace}/{pod.name}")
+        if not (rest := page["metadata"].get("continue")):
+            return sorted(found)
+        params["continue"] = rest
