@@ -372,7 +372,7 @@ def test_leaders_that_wait_otherwise_are_found_out(waiting: Waiting) -> None:
 def test_an_agent_does_not_load_cryptography() -> None:
     """Its memory is a promise (README), and certificates are the controller's."""
     code = (
-        "import sys, agent.__main__, agent.app, agent.server, agent.hook; "
+        "import sys, agent.__main__, agent.app, agent.server, agent.tls, agent.hook; "
         "assert 'cryptography' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
