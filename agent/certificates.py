@@ -62,6 +62,8 @@ _UNREADABLE = (
     InvalidSignature,
     x509.ExtensionNotFound,
     x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
 )
 
 
