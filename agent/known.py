@@ -23,7 +23,7 @@ from agent.model import (
     ModelRef,
     Want,
 )
-from agent.status import Facts
+from agent.status import NO_ROOM, Facts
 from agent.wishes import Desired
 
 _NOT_TO_BE_PUBLISHED = frozenset({Reason.FINGERPRINT_MISMATCH, Reason.UNSAFE_FILES})
@@ -234,10 +234,7 @@ class Known:
                 f"{self.staged[key].ref.uri} is here and proven, and takes the place of what"
                 " another agent left there when nobody uses that",
             )
-        if block is not None and block.why in (
-            Blocked.INSUFFICIENT_CAPACITY,
-            Blocked.LARGER_THAN_VOLUME,
-        ):
+        if block is not None and block.why in NO_ROOM:
             return AgentError(Reason.INSUFFICIENT_CAPACITY, block.message)
         return None
 
