@@ -1,4 +1,4 @@
-"""Kubernetes Events, aggregated: what `kubectl describe` shows of a node's models.
+"""Kubernetes Events, aggregated: what `kubectl describe` shows of a node's models and its pods.
 
 The same reason on the same object is one Event with a count. An Event that cannot be sent is worth
 a log line and nothing more.
@@ -36,6 +36,7 @@ class Subject:
     namespace: str
     name: str
     uid: str
+    api: str = f"{GROUP}/{VERSION}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Recorder:
         name = f"{subject.name[:200]}.{uuid.uuid4().hex[:16]}"
         path = f"/api/v1/namespaces/{namespace}/events"
         about = {
-            "apiVersion": f"{GROUP}/{VERSION}",
+            "apiVersion": subject.api,
             "kind": subject.kind,
             "name": subject.name,
             "uid": subject.uid,
