@@ -219,6 +219,8 @@ class Known:
             floor=want.floor if want is not None else 0,
             staged=key in self.staged,
             foreign=self.foreign.get(key),
+            names=want.names if want is not None else frozenset(),
+            groups=want.groups if want is not None else frozenset(),
         )
 
     def refusal(self, key: CacheKey) -> AgentError | None:

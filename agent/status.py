@@ -43,7 +43,8 @@ NO_ROOM = frozenset({Blocked.INSUFFICIENT_CAPACITY, Blocked.LARGER_THAN_VOLUME})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that is known of one key at one moment."""
+    """All that is known of one key at one moment. `names` are those who ask for it, `groups` the
+    node groups that do."""
 
     key: CacheKey
     ref: ModelRef
@@ -58,6 +59,8 @@ class Facts:
     floor: int = 0
     staged: bool = False
     foreign: Foreign | None = None
+    names: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
 
     @property
     def phase(self) -> Phase | None:

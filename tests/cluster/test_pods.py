@@ -97,5 +97,30 @@ def test_a_pod_that_goes_past_the_cache_is_counted_and_told_once(node: Node) -> 
     assert node.events(other) == []
 
 
+def test_show_has_what_modelmesh_reads_the_model_by(node: Node) -> None:
+    """For each node group that asks for it."""
+    node.want_entries(
+        {"modelName": "tiny", "sourceModelUri": URI, "nodeGroup": node.group},
+        {"modelName": "same", "sourceModelUri": URI, "nodeGroup": "another"},
+    )
+    agent = node.start()
+    node.wait_words(agent, tiny=DOWNLOADED, same=DOWNLOADED)
+    shown = node.machine("show", "tiny", "-o", "json").ok().json
+    assert shown["modelmesh"] == {
+        group: {
+            "storage": {
+                "parameters": {"type": "pvc", "name": f"localmodel-{group}"},
+                "path": f"models/{KEY}",
+            }
+        }
+        for group in ("another", node.group)
+    }
+    lines = node.machine("show", "same").ok().stdout.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["claim", f"localmodel-{node.group}", f"models/{KEY}"] in rows
+    assert ["claim", "localmodel-another", f"models/{KEY}"] in rows
+    assert ["names", "same,", "tiny"] in rows
+
+
 def _wait_bypassed(agent: Agent, number: int) -> None:
     until(lambda: agent.metrics()[BYPASSED] == number, agent.log_text)
