@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent import USER_AGENT, __version__, disk, layout
 from agent.arrivals import Arrivals
+from agent.bypasses import Bypasses
 from agent.cluster import Cluster
 from agent.config import Settings, listen_address
 from agent.curator import Curator
@@ -37,6 +38,7 @@ from agent.tasks import first_of, until_told
 from agent.threads import looking
 from agent.transfer import Engine
 from agent.volume import Volume, on_machine_disk
+from agent.waiting import Waiting
 from agent.wishes import NOTHING, Desired
 
 _log = logging.getLogger(__name__)
@@ -350,6 +352,15 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
     async with open_cache(settings, metrics=metrics, around=around) as cache:
         arrivals = Arrivals(reconciler=cache.reconciler, index=cache.index, metrics=metrics)
         await arrivals.open()
+        bypasses = Bypasses(
+            reconciler=cache.reconciler,
+            index=cache.index,
+            metrics=metrics,
+            tell=cluster.tell_pod,
+            namespace=settings.pod_namespace,
+        )
+        await bypasses.open()
+        waiting = Waiting(cache.reconciler, cluster.tell_pod)
         cluster.manages(cache.reconciler, arrivals)
         try:
             desired, users = cluster.desired(), cluster.users()
@@ -364,6 +375,8 @@ async def _manage(settings: Settings, cluster: Cluster, metrics: Metrics) -> Age
                         users = seen
                         cache.reconciler.wake()  # somebody who left may have been the last
                     await arrivals.see(users)
+                    await bypasses.see(cluster.pods(), cluster.offers())
+                    waiting.see(cluster.naming(), desired)
                     if cache.reconciler.failed_turns >= _FAILED_TURNS and cache.reconciler.trouble:
                         raise cache.reconciler.trouble
                     await first_of([turns], cluster.woken(_AGAIN_SECONDS))

@@ -34,7 +34,9 @@ from agent.phases import Phase
 from agent.publish import Body
 from agent.reconcile import Reconciler
 from agent.sources import scheme_of
+from agent.usage import Offer
 from agent.wishes import Desired, of_node
+from agent.words import Word
 
 _log = logging.getLogger(__name__)
 
@@ -261,8 +263,26 @@ class Cluster:
 
     def users(self) -> dict[str, frozenset[CacheKey]]:
         """The models that each pod uses, by UID, of those that have not ended."""
-        pods = (pod for pod in self._pods.objects.values() if not pod.finished)
-        return self._keys({pod.uid: pod for pod in pods})
+        return self._keys(self.pods())
+
+    def pods(self) -> dict[str, Pod]:
+        """The pods of the node that have not ended, by UID."""
+        return {pod.uid: pod for pod in self._pods.objects.values() if not pod.finished}
+
+    def naming(self) -> dict[str, tuple[Pod, frozenset[CacheKey]]]:
+        """Those of them that name models, with these: not who mounts a whole cache."""
+        served, pods = self._served, self.pods()
+        named = {u: usage.keys_of(p, present=(), groups=(), served=served) for u, p in pods.items()}
+        return {uid: (pods[uid], keys) for uid, keys in named.items() if keys}
+
+    def offers(self) -> list[Offer]:
+        """The models that caches offer to the pods of this node."""
+        entries = self._object.entries if self._object else ()
+        return [
+            Offer(uri=entry.uri, namespace=entry.namespace, since=meta.created)
+            for entry in entries
+            if (meta := self._meta(entry.name)) is not None
+        ]
 
     def who_uses(self, key: CacheKey) -> list[str]:
         """The pods of the node that use a model, as far as the watch has heard."""
@@ -409,13 +429,20 @@ class Cluster:
 
     def _tell(self, name: str, kind: Any, reason: Reason | Phase, message: str) -> None:
         self._tell_the_node(kind, reason, f"{name}: {message}", topic=name)
-        namespace, _, model = name.rpartition("/")
-        watch = self._namespace_caches if namespace else self._caches
-        meta = watch.objects.get(name)
+        meta = self._meta(name)
         if meta is not None:
             node = f"node {self._settings.node_name}: {message}"
-            subject = Subject(meta.kind, namespace, model, meta.uid)
+            subject = Subject(meta.kind, meta.namespace, meta.name, meta.uid)
             self._recorder.say(subject, kind, reason.value, node)
+
+    def tell_pod(self, pod: Pod, word: Word) -> None:
+        subject = Subject("Pod", pod.namespace, pod.name, pod.uid, api="v1")
+        self._recorder.say(subject, word.kind, word.reason, word.message)
+
+    def _meta(self, name: str) -> CacheMeta | None:
+        """The cache of an entry's name; None while it is not known."""
+        watch = self._namespace_caches if "/" in name else self._caches
+        return watch.objects.get(name)
 
     def _tell_the_node(
         self, kind: Any, reason: Reason | Phase, message: str, *, topic: str = ""

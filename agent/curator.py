@@ -148,15 +148,17 @@ class Curator:
         """The key and the URI of what a user's word means; a URI need not be here."""
         name = str(request.get("model") or "")
         facts = self._reconciler.facts()
-        found = [fact for key, fact in facts.items() if is_named(name, key, fact.ref.uri)]
+        found = [f for key, f in facts.items() if is_named(name, key, f.ref.uri, f.names)]
         if len(found) == 1:
             return found[0].key, found[0].ref.uri
         if len(found) > 1:
             raise AgentError(
-                Reason.INVALID_SPEC, f"{name[:200]!r} is the beginning of {len(found)} keys"
+                Reason.INVALID_SPEC, f"{name[:200]!r} means {len(found)} models; give more of a key"
             )
         if not name.isprintable() or ("/" not in name and not name.startswith(_PREVIEW)):
-            raise AgentError(Reason.INVALID_SPEC, f"{name[:200]!r} is neither a URI nor a key here")
+            raise AgentError(
+                Reason.INVALID_SPEC, f"{name[:200]!r} is no URI, and no cache or key here"
+            )
         return cache_key(name), name
 
 

@@ -4,12 +4,14 @@ Apart from `service`, because a CLI that finds a running agent, or only looks at
 these words and nothing of the machinery behind them: it starts in half the time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from agent.errors import RULES, AgentError, Reason
 from agent.manifest import Manifest
 from agent.model import CacheKey, ModelRef
+from agent.status import Facts, model_status
 
 Event = dict[str, Any]
 """What JSON can carry; `event` says which one it is."""
@@ -23,9 +25,19 @@ def select(sealed: Mapping[CacheKey, ModelRef], asked: Any) -> list[CacheKey]:
     return [_selected(sealed, str(name)) for name in asked]
 
 
-def is_named(name: str, key: str, uri: str) -> bool:
-    """Whether a user's word for a model means this one: its URI, or the beginning of its key."""
-    return name == uri or (len(name) >= 4 and key.startswith(name))
+def is_named(name: str, key: str, uri: str, caches: Container[str] = ()) -> bool:
+    """Whether a user's word for a model means this one: its URI, the beginning of its key, or one
+    of the caches that ask for it."""
+    return name == uri or name in caches or (len(name) >= 4 and key.startswith(name))
+
+
+def model_event(facts: Facts, *, path: str) -> Event | None:
+    """What `ls` and `show` are told of a model; None where there is nothing to say."""
+    status = model_status(facts, path=path)
+    if status is None:
+        return None
+    asked = {"names": sorted(facts.names), "groups": sorted(facts.groups)}
+    return {"event": "model", **asdict(status), **asked}
 
 
 def _selected(sealed: Mapping[CacheKey, ModelRef], name: str) -> CacheKey:

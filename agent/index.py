@@ -108,6 +108,12 @@ def access_proofs(db: Database) -> None:
     )
 
 
+@migrations()
+def bypasses(db: Database) -> None:
+    db.execute("create table bypassed (uid text primary key, seen_at real not null) strict")
+    db.execute("create table counting (what text primary key, since real not null) strict")
+
+
 class Index:
     """The index of one volume. Every coroutine is one transaction.
 
@@ -291,6 +297,26 @@ class Index:
         def statement(db: Database) -> tuple[set[str], dict[str, int]]:
             uids = {uid for (uid,) in db.execute("select uid from pods").fetchall()}
             return uids, dict(db.execute("select result, pods from counts").fetchall())
+
+        return await self._run(statement)
+
+    async def record_bypass(self, uid: str, when: float) -> None:
+        """A pod was counted that went past the cache. The row is kept while the pod is there."""
+        row = [uid, when]
+        await self._note(
+            lambda db: db.execute("insert or replace into bypassed values (?, ?)", row)
+        )
+
+    async def forget_bypass(self, uid: str) -> None:
+        await self._note(lambda db: db.execute("delete from bypassed where uid = ?", [uid]))
+
+    async def bypasses(self, now: float) -> tuple[set[str], float]:
+        """The pods that were counted and may still be there, and since when they are counted."""
+
+        def statement(db: Database) -> tuple[set[str], float]:
+            db.execute("insert or ignore into counting values ('bypassed', ?)", [now])
+            since = db.execute("select since from counting where what = 'bypassed'").fetchone()[0]
+            return {uid for (uid,) in db.execute("select uid from bypassed").fetchall()}, since
 
         return await self._run(statement)
 

@@ -23,7 +23,7 @@ from agent.model import (
     ModelRef,
     Want,
 )
-from agent.status import Facts
+from agent.status import NO_ROOM, Facts
 from agent.wishes import Desired
 
 _NOT_TO_BE_PUBLISHED = frozenset({Reason.FINGERPRINT_MISMATCH, Reason.UNSAFE_FILES})
@@ -219,6 +219,8 @@ class Known:
             floor=want.floor if want is not None else 0,
             staged=key in self.staged,
             foreign=self.foreign.get(key),
+            names=want.names if want is not None else frozenset(),
+            groups=want.groups if want is not None else frozenset(),
         )
 
     def refusal(self, key: CacheKey) -> AgentError | None:
@@ -234,10 +236,7 @@ class Known:
                 f"{self.staged[key].ref.uri} is here and proven, and takes the place of what"
                 " another agent left there when nobody uses that",
             )
-        if block is not None and block.why in (
-            Blocked.INSUFFICIENT_CAPACITY,
-            Blocked.LARGER_THAN_VOLUME,
-        ):
+        if block is not None and block.why in NO_ROOM:
             return AgentError(Reason.INSUFFICIENT_CAPACITY, block.message)
         return None
 

@@ -64,6 +64,12 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.pods_bypassed = Counter(
+            "localmodel_pods_bypassed",
+            "Pods that download by themselves what this node's cache is there for: the hook was"
+            " down, or left them alone.",
+            registry=registry,
+        )
         self.downloads = Counter(
             "localmodel_downloads",
             "Tries to bring a model to its seal, by result: ok or the reason of the failure.",

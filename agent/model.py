@@ -17,6 +17,20 @@ def cache_key(uri: str) -> CacheKey:
     return CacheKey(hashlib.sha256(uri.encode()).hexdigest()[:16])
 
 
+def rest_of(uri: str, model: str) -> str | None:
+    """What of a model a URI names, "" for the whole; None if it names something else."""
+    asked, whole = uri.removesuffix("/"), model.removesuffix("/")
+    if asked == whole:
+        return ""
+    rest = asked.removeprefix(f"{whole}/")
+    return None if rest == asked else rest
+
+
+def claim_name(group: str) -> str:
+    """The claim on the caches of a node group, in each namespace that has one."""
+    return f"localmodel-{group}"
+
+
 def quantity(size: int) -> str:
     """Bytes as people read them, and as a Kubernetes quantity: 0, 512Mi, 1.4Ti."""
     power = max(0, min((size.bit_length() - 1) // 10, 5)) if size > 0 else 0

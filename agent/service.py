@@ -8,11 +8,10 @@ and opened the volume itself. An event is a dict that JSON can carry; the last o
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from agent.errors import AgentError, Reason
-from agent.events import Event, error_event, select, verified_event
+from agent.events import Event, error_event, model_event, select, verified_event
 from agent.fetch import Fetcher
 from agent.known import objection
 from agent.kube import parse
@@ -21,7 +20,6 @@ from agent.metrics import Metrics, Result
 from agent.model import CacheKey, Entry, ModelRef, Want
 from agent.pulls import Pull
 from agent.reconcile import Reconciler
-from agent.status import model_status
 from agent.store import Store
 
 _PROGRESS_SECONDS = 0.2
@@ -105,9 +103,9 @@ class Service:
     async def models(self) -> AsyncGenerator[Event, None]:
         """One `model` event a model, in the order of keys."""
         for fact in self._reconciler.facts().values():
-            status = model_status(fact, path=str(self._store.model(fact.key)))
-            if status is not None:
-                yield {"event": "model", **asdict(status)}
+            event = model_event(fact, path=str(self._store.model(fact.key)))
+            if event is not None:
+                yield event
 
     async def verify(self, request: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
         """Hash sealed models again. Events: `verified` a model; with `repair`, `repaired` too.

@@ -37,10 +37,14 @@ WAITS: Mapping[str, str] = {
 }
 """Why a wanted model is not Ready although nothing has failed, for the reason of its status."""
 
+NO_ROOM = frozenset({Blocked.INSUFFICIENT_CAPACITY, Blocked.LARGER_THAN_VOLUME})
+"""For this nobody should wait: it ends when somebody else goes, if ever."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that is known of one key at one moment."""
+    """All that is known of one key at one moment. `names` are those who ask for it, `groups` the
+    node groups that do."""
 
     key: CacheKey
     ref: ModelRef
@@ -55,6 +59,8 @@ class Facts:
     floor: int = 0
     staged: bool = False
     foreign: Foreign | None = None
+    names: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
 
     @property
     def phase(self) -> Phase | None:
@@ -127,7 +133,7 @@ def model_status(facts: Facts, *, path: str) -> ModelStatus | None:
             last_used=rfc3339(entry.last_used),
             warning=entry.warning,
         )
-    total, done = _progress(facts)
+    total, done = progress_of(facts)
     retry_at = facts.attempt.retry_at if facts.attempt and phase is Phase.FAILED else None
     return ModelStatus(
         **common,
@@ -174,12 +180,9 @@ def progress_line(facts: Facts, counter: int) -> str | None:
     phase = facts.phase
     if phase is None or phase is Phase.READY or not facts.wanted:
         return None
-    total, done = _progress(facts)
+    total, done = progress_of(facts)
     reason, _ = reason_of(facts, phase)
-    stuck = facts.block is not None and facts.block.why in (
-        Blocked.INSUFFICIENT_CAPACITY,
-        Blocked.LARGER_THAN_VOLUME,
-    )
+    stuck = facts.block is not None and facts.block.why in NO_ROOM
     # Nor for what takes the place of another's directory when no pod uses it: who waits does.
     stuck = stuck or phase is Phase.FAILED or facts.foreign is not None
     verb = "fallback" if stuck else "wait"
@@ -204,7 +207,7 @@ def rfc3339(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _progress(facts: Facts) -> tuple[int, int]:
+def progress_of(facts: Facts) -> tuple[int, int]:
     """Total and done, in bytes; while the listing is not known, what the cache says of its size."""
     if facts.job is not None and facts.job.total is not None:
         return facts.job.total, facts.job.done

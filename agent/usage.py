@@ -1,11 +1,12 @@
 """What the pods of a node mean to its cache: who uses what, and who must not be here. Pure."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from agent import layout
 from agent.errors import AgentError, Reason
 from agent.kube.parse import Pod, PodRole
-from agent.model import CacheKey
+from agent.model import CacheKey, rest_of
 
 
 def keys_of(
@@ -31,6 +32,33 @@ def keys_of(
             keys.add(key)
         # A pod that mounts a directory above it (a node exporter mounts `/`) reads no models.
     return frozenset(keys | set(present)) if whole else frozenset(keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A model that an entry of this node has: for the pods of a namespace, or, "", of all, and
+    since when its cache is there, RFC 3339."""
+
+    uri: str
+    namespace: str
+    since: str
+
+
+def bypassed(pod: Pod, offers: Iterable[Offer], *, since: str) -> tuple[str, Offer] | None:
+    """What a pod downloads by itself though this node's cache is there for it, and that cache.
+
+    Nothing of a pod that came before `since`, when somebody began to look, or before the cache: no
+    hook could have helped it. Both times of the API server are whole seconds; of the same second
+    nobody knows which was first.
+    """
+    if pod.finished or pod.role is not PodRole.USER or pod.created < since:
+        return None
+    for uri in pod.downloads:
+        for offer in offers:
+            seen = offer.namespace in ("", pod.namespace) and "" < offer.since < pod.created
+            if seen and rest_of(uri, offer.uri) is not None:
+                return uri, offer
+    return None
 
 
 def served_at(root: str, pods: Iterable[Pod], me: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from agent.model import Actual, CacheKey, Kept, Past, Volume, Want, quantity
 from agent.phases import Phase
@@ -46,7 +47,7 @@ class Case:
 def explain(case: Case) -> list[str]:
     """The answer first, then what supports it."""
     phase = case.facts.phase if case.facts is not None else None
-    return [_verdict(case, phase), *_asked(case), *_used(case), *_history(case)]
+    return [_verdict(case, phase), *_tried(case), *_asked(case), *_used(case), *_history(case)]
 
 
 def _verdict(case: Case, phase: Phase | None) -> str:
@@ -105,6 +106,21 @@ def _amount(facts: Facts) -> str:
     if job is None or not job.total:
         return ""
     return f", {quantity(job.done)} of {quantity(job.total)}"
+
+
+def _tried(case: Case) -> list[str]:
+    """How often it failed, and when it is tried again."""
+    want, attempt = case.wants.get(case.key), case.facts.attempt if case.facts else None
+    if want is None or attempt is None or case.key in case.actual.jobs:
+        return []
+    if want.on_demand and case.key not in case.actual.demanded:
+        then = "tried again when somebody asks for it"
+    elif attempt.retry_at == inf:
+        then = "not tried again until the request changes"
+    else:
+        then = f"the next try is in {duration(attempt.retry_at - case.now)}"
+    times = "once" if attempt.count == 1 else f"{attempt.count} times in a row"
+    return [f"failed {times}; {then}"]
 
 
 def _asked(case: Case) -> list[str]:

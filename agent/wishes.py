@@ -27,8 +27,9 @@ class SpecError:
 class Desired:
     """What should be here. `names` leads from a cache's name to its key.
 
-    `spoken_for` holds keys that are not wanted now and are no business of ours to remove either: a
-    refused entry names them. `complete` is False where an object that says it all is missing:
+    `spoken_for` holds keys that are not wanted now and are no business of ours to remove either: an
+    entry names them that is refused, or not yet understood; `refused` says what is wrong with the
+    first. `complete` is False where an object that says it all is missing:
     absence is not a command, so nothing counts as having left.
     """
 
@@ -36,6 +37,7 @@ class Desired:
     names: dict[str, CacheKey]
     errors: tuple[SpecError, ...] = ()
     spoken_for: frozenset[CacheKey] = frozenset()
+    refused: Mapping[CacheKey, SpecError] = field(default_factory=dict)
     complete: bool = True
     group_limits: Mapping[str, int] = field(default_factory=dict)
     """What the models of a node group may take of this volume, in bytes."""
@@ -91,12 +93,12 @@ def of_node(
         return Desired(wants={}, names={}, complete=False)
     found: list[tuple[str, str, Cache]] = []
     errors = [SpecError(name=name, message=message) for name, message in node.refused]
-    refused: set[CacheKey] = set()
+    spoken_for: dict[CacheKey, SpecError | None] = {}
     guarded: dict[str, Want] = {}
     for entry in node.entries:
         meta = caches.get((entry.namespace, entry.model))
         if meta is None and entry.name in unconfirmed:
-            refused.add(cache_key(entry.uri))
+            spoken_for[cache_key(entry.uri)] = None
             continue
         try:
             _check_source(entry.uri)
@@ -109,8 +111,9 @@ def of_node(
             policy = group.file_policy if group is not None else None
             asked = replace(asked, access=entry.access, file_policy=policy)
         except AgentError as error:
-            errors.append(SpecError(name=entry.name, message=error.message, reason=error.reason))
-            refused.add(cache_key(entry.uri))
+            wrong = SpecError(name=entry.name, message=error.message, reason=error.reason)
+            errors.append(wrong)
+            spoken_for[cache_key(entry.uri)] = wrong
             continue
         if entry.guarded:
             guarded[entry.name] = asked
@@ -120,7 +123,8 @@ def of_node(
     # An entry that cannot be read may name any model.
     return replace(
         desired,
-        spoken_for=frozenset(refused),
+        spoken_for=frozenset(spoken_for),
+        refused={key: wrong for key, wrong in spoken_for.items() if wrong is not None},
         complete=not node.refused,
         owner=node.uid,
         guarded={name: want for name, want in guarded.items() if name in desired.names},

@@ -21,6 +21,7 @@ from agent.metrics import HookMetrics, Metrics
 from agent.model import Space, Traffic
 from agent.phases import MEANING, TRANSITIONS, Phase
 from agent.status import KSERVE_STATUS, WAITS
+from agent.words import SAYS
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Generated from {source} by `make docs`; a test compares. Do not edit. -->\n"
@@ -60,7 +61,9 @@ def reasons() -> str:
     columns = ("Reason", "Tries of a file", "Then again after", "What to do")
     waits = _table(("Reason", "Means"), ((f"`{why}`", means) for why, means in WAITS.items()))
     title = "\n## Why a wanted model waits\n\nNothing has failed; the status says so, too.\n"
-    return "\n".join([*head, _table(columns, rows), title, waits])
+    said = _table(("Reason", "Means"), ((f"`{said}`", means) for said, means in SAYS.items()))
+    pods = "\n## Events on pods\n\nWhere a model cannot come, the reason is one of those above.\n"
+    return "\n".join([*head, _table(columns, rows), title, waits, pods, said])
 
 
 def _span(seconds: float) -> str:

@@ -104,7 +104,8 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     _verb(commands, "ls", "the models here", verbs.ls)
 
     show = _verb(commands, "show", "one model, with its files", verbs.show)
-    show.add_argument("model", help=_MODEL)
+    show.description = _SHOW
+    show.add_argument("model", help=_NAMED)
 
     verify = _verb(commands, "verify", "read and hash models again", verbs.verify)
     verify.add_argument("models", nargs="*", metavar="MODEL", help=_MODEL)
@@ -117,16 +118,16 @@ def parser(program: str = "localmodel") -> argparse.ArgumentParser:
     add_flags(plan, *limits)
 
     why = _verb(commands, "why", "why a model is here, or not", housekeeping.why)
-    why.add_argument("model", help=_MODEL)
+    why.add_argument("model", help=_NAMED)
 
     for name, text, verb in (
         ("pin", "keep a model, whatever room is needed", housekeeping.pin),
         ("unpin", "keep it no longer than others", housekeeping.unpin),
     ):
-        _verb(commands, name, text, verb).add_argument("model", help=_MODEL)
+        _verb(commands, name, text, verb).add_argument("model", help=_NAMED)
 
     evict = _verb(commands, "evict", "take models away that nothing keeps", housekeeping.evict)
-    evict.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
+    evict.add_argument("models", nargs="+", metavar="MODEL", help=_NAMED)
     evict.add_argument("--dry-run", action="store_true", help="say what would go, and free")
 
     found = _verb(commands, "doctor", "what this machine has, and lacks, for a cache", doctor)
@@ -140,6 +141,14 @@ _ADOPT = "also give it what another agent left in models/KEY: the files are prov
 _INCLUDE = "only files that match (`*` crosses `/`); may be given again"
 _EXCLUDE = "no files that match; may be given again"
 _MODEL = "a URI, or a key or the beginning of one"
+_NAMED = f"{_MODEL}; while an agent runs also the name of a cache, or NAMESPACE/NAME"
+_SHOW = (
+    "One model, with its files. With -o json, modelmesh.GROUP is what a ModelMesh InferenceService"
+    " says under spec.predictor.model to read it from the claim of that node group: {storage:"
+    " {parameters: {type: pvc, name: localmodel-GROUP}, path: models/KEY}}. There is one for each"
+    " node group that asks for the model, and no modelmesh where none is known (without an agent"
+    " that runs for a node of a cluster)."
+)
 
 
 def _verb(

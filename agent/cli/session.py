@@ -4,15 +4,14 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import layout
 from agent.config import Settings
 from agent.errors import AgentError, Reason
-from agent.events import Event, error_event, select, verified_event
+from agent.events import Event, error_event, model_event, select, verified_event
 from agent.model import CacheKey, Ingest
-from agent.status import Facts, model_status
+from agent.status import Facts
 from agent.store import Store
 
 if TYPE_CHECKING:
@@ -173,9 +172,9 @@ class _Disk:
             entry = found.entry(last_used=used)
             facts[key] = Facts(key=key, ref=found.ref, wanted=False, entry=entry, damaged=damaged)
         for key in sorted(facts):
-            status = model_status(facts[key], path=str(self._store.model(key)))
-            if status is not None:
-                yield {"event": "model", **asdict(status)}
+            event = model_event(facts[key], path=str(self._store.model(key)))
+            if event is not None:
+                yield event
 
     def _ingests(self) -> dict[CacheKey, Ingest]:
         """Partial files are the agent's own: to another user there are none."""

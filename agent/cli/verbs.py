@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from agent import layout
 from agent.cli.render import bar, error_text, print_json, size, table
 from agent.cli.session import changing, reading
 from agent.config import Settings
 from agent.errors import Reason
 from agent.events import Event, is_named
+from agent.model import claim_name
 from agent.store import Store
 
 _BAD_REQUEST = frozenset(
@@ -116,10 +118,12 @@ async def _models(settings: Settings) -> list[Event]:
 async def show(settings: Settings, arguments: argparse.Namespace) -> int:
     wanted = arguments.model
     models = [
-        model for model in await _models(settings) if is_named(wanted, model["key"], model["uri"])
+        model
+        for model in await _models(settings)
+        if is_named(wanted, model["key"], model["uri"], model["names"])
     ]
     if len(models) != 1:
-        problem = "is not here" if not models else f"is the beginning of {len(models)} keys"
+        problem = "is not here" if not models else f"means {len(models)} models"
         message = f"{wanted[:200]!r} {problem}"
         event = {"reason": "InvalidSpec", "message": message, "advice": "see localmodel ls"}
         return failed(event, arguments)
@@ -134,10 +138,12 @@ async def show(settings: Settings, arguments: argparse.Namespace) -> int:
         }
         for file in (found.files if found else ())
     ]
+    claims = _claims(model)
     if arguments.output == "json":
         print_json(
             {
                 **model,
+                **({"modelmesh": claims} if claims else {}),
                 "include": list(found.ref.include) if found else [],
                 "exclude": list(found.ref.exclude) if found else [],
                 "file_list": files,
@@ -148,11 +154,23 @@ async def show(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(model: Event) -> dict[str, Any]:
+    """By node group, what a ModelMesh InferenceService says to read the model from its claim."""
+    path = layout.model(model["key"])
+    return {
+        group: {"storage": {"parameters": {"type": "pvc", "name": claim_name(group)}, "path": path}}
+        for group in model["groups"]
+    }
+
+
 def _print_model(model: Event, files: Sequence[Mapping[str, Any]]) -> None:
-    names = [name for name, value in model.items() if value not in ("", 0)]
-    width = max(len(name) for name in names)
-    for name in names:
-        print(f"{name.ljust(width)}  {model[name]}")
+    shown = {name: _text(value) for name, value in model.items() if value not in ("", 0, [])}
+    for claim in _claims(model).values():
+        where = claim["storage"]
+        shown[f"claim {where['parameters']['name']}"] = where["path"]
+    width = max(map(len, shown))
+    for name, text in shown.items():
+        print(f"{name.ljust(width)}  {text}")
     if files:
         rows = [
             (file["sha256"][:16], size(file["bytes"]), (file["promised"] or "-")[:24], file["path"])
@@ -160,6 +178,10 @@ def _print_model(model: Event, files: Sequence[Mapping[str, Any]]) -> None:
         ]
         print()
         print(table(("SHA256", "SIZE", "PROMISED", "FILE"), rows))
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 async def verify(settings: Settings, arguments: argparse.Namespace) -> int:

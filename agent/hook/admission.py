@@ -22,17 +22,17 @@ from agent.hook.scheduling import allows
 from agent.hook.spec import Json, containers, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
+from agent.kube import parse
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
-from agent.kube.parse import KEYS, KSERVE_CLAIM, KSERVE_LABEL
-from agent.model import CacheKey, cache_key
+from agent.kube.parse import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL
+from agent.model import CacheKey, cache_key, claim_name
 from agent.quantities import parse_duration
 
 VOLUME = "localmodel-cache"
 MOUNT = "/mnt/localmodel"
 """Where the whole claim is in a wrapped pod: the same path in all containers, for the links."""
 
-INITIALIZER = "storage-initializer"
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
@@ -143,11 +143,9 @@ class _Asked:
         return self._mounted(named)
 
     def _check_opt_outs(self) -> None:
-        if "serving.kserve.io/disable-localmodel" in self.notes:
+        if parse.is_disabled(self.notes):
             raise _Left(Why.DISABLED)
-        if self.notes.get(f"{PREFIX}/disable") == "true":
-            raise _Left(Why.DISABLED)
-        if self.notes.get("storage.kserve.io/readonly") == "false":
+        if parse.writes(self.notes):
             raise _Left(Why.WRITES)
 
     def _volumes(self) -> Sequence[Json]:
@@ -313,7 +311,7 @@ class _Asked:
 
     def _refusal(self, group: str, *, named: bool) -> "_Left | None":
         if (self.namespace, group) not in self.world.claims:
-            return _Left(Why.NO_CLAIM, f"localmodel-{group} in {self.namespace}")
+            return _Left(Why.NO_CLAIM, f"{claim_name(group)} in {self.namespace}")
         nodes = self.world.in_group(group)
         if not nodes:
             return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
@@ -327,7 +325,7 @@ class _Asked:
     # -- the patch --------------------------------------------------------------------------------
 
     def _with_volume(self, group: str) -> list[Json]:
-        claim = {"claimName": f"localmodel-{group}", "readOnly": True}
+        claim = {"claimName": claim_name(group), "readOnly": True}
         return append(
             self.spec, "/spec", "volumes", {"name": VOLUME, "persistentVolumeClaim": claim}
         )
@@ -352,7 +350,7 @@ class _Asked:
         return append(node, "/spec/affinity/nodeAffinity", _PREFERRED, *terms)
 
     def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
-        written = {f"{PREFIX}/injected": note, KEYS: ",".join(keys)}
+        written = {INJECTED: note, KEYS: ",".join(keys)}
         metadata = self.pod.get("metadata")
         if metadata is None:
             patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})

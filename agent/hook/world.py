@@ -8,7 +8,7 @@ from typing import Any
 
 from agent import layout
 from agent.hook.scheduling import Node, selects
-from agent.model import CacheKey, cache_key
+from agent.model import CacheKey, cache_key, rest_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +32,7 @@ class Cache:
 
     def rest(self, uri: str) -> str | None:
         """What of this cache a URI names, "" for the whole; None if it names something else."""
-        asked = uri.removesuffix("/")
-        if asked == self.prefix:
-            return ""
-        rest = asked.removeprefix(f"{self.prefix}/")
-        return None if rest == asked else rest
+        return rest_of(uri, self.uri)
 
     def part(self, uri: str) -> str | None:
         """Where that is in the volume of a node group."""

@@ -1,4 +1,4 @@
-"""Kubernetes Events, aggregated: what `kubectl describe` shows of a node's models.
+"""Kubernetes Events, aggregated: what `kubectl describe` shows of a node's models and its pods.
 
 The same reason on the same object is one Event with a count. An Event that cannot be sent is worth
 a log line and nothing more.

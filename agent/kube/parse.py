@@ -23,11 +23,17 @@ _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 KEYS = f"{ANNOTATIONS}/keys"
+INJECTED = f"{ANNOTATIONS}/injected"
 AGENT_LABEL = ("app.kubernetes.io/name", "localmodel-agent")
 
+_DISABLE = f"{ANNOTATIONS}/disable"
 _KSERVE_AGENT = "kserve-localmodelnode-agent"
 KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
 KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
+INITIALIZER = "storage-initializer"
+
+_MOST_DOWNLOADS, _LONGEST_URI = 16, 2048
+"""Of one pod: KServe's have few, and a tenant may write a megabyte of arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,8 @@ class Pod:
     `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
     model, and `served_by_kserve` says that it does so as KServe's pods do; `directories` are those
     of the node that it mounts; `host_paths` lead there from the path in its first container.
+    `downloads` are the URIs that its storage initializer brings past the cache: none for a pod that
+    was given a claim or wants none. `started`: its containers have begun. `created` is RFC 3339.
     """
 
     uid: str
@@ -115,6 +123,9 @@ class Pod:
     served_by_kserve: bool
     directories: frozenset[str]
     host_paths: Mapping[str, str]
+    downloads: tuple[str, ...]
+    started: bool
+    created: str
 
 
 def cache(raw: Any) -> Cache:
@@ -282,7 +293,8 @@ def _file_policy(text: Any) -> FilePolicy | None:
 
 def pod(raw: Mapping[str, Any]) -> Pod:
     metadata, spec = _mapping(raw, "metadata"), raw.get("spec") or {}
-    labels = metadata.get("labels") or {}
+    labels, notes = metadata.get("labels") or {}, metadata.get("annotations") or {}
+    phase = (raw.get("status") or {}).get("phase")
     volumes = {volume["name"]: volume for volume in spec.get("volumes") or []}
     keys: set[CacheKey] = set()
     claims: set[str] = set()  # mounted whole
@@ -304,7 +316,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
             elif part in (".", layout.MODELS):
                 claims.add(_text(claim, "claimName"))
                 sources.add(_text(volume, "name"))
-    relied = (metadata.get("annotations") or {}).get(KEYS)
+    relied = notes.get(KEYS)
     if relied is not None:  # the hook says which models of the whole claim it meant
         named = [key.strip() for key in relied.split(",")]
         keys |= {CacheKey(key) for key in named if layout.is_key(key)}
@@ -315,13 +327,39 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         namespace=_text(metadata, "namespace"),
         name=_text(metadata, "name"),
         role=_role(metadata, labels, volumes),
-        finished=(raw.get("status") or {}).get("phase") in ("Succeeded", "Failed"),
+        finished=phase in ("Succeeded", "Failed"),
         keys=frozenset(keys),
         claims=frozenset(claims),
         served_by_kserve=bool(claims) and (KSERVE_CLAIM in sources or KSERVE_LABEL in labels),
         directories=frozenset(directories),
         host_paths=host_paths,
+        downloads=_downloads(spec, volumes, notes),
+        started=phase not in (None, "", "Pending"),
+        created=_text(metadata, "creationTimestamp"),
     )
+
+
+def is_disabled(notes: Mapping[str, Any]) -> bool:
+    """Whether a pod's annotations opt it out of the cache: KServe's, or ours."""
+    return "serving.kserve.io/disable-localmodel" in notes or notes.get(_DISABLE) == "true"
+
+
+def writes(notes: Mapping[str, Any]) -> bool:
+    """Whether a pod is to write to its model."""
+    return notes.get("storage.kserve.io/readonly") == "false"
+
+
+def _downloads(
+    spec: Mapping[str, Any], volumes: Mapping[str, Any], notes: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The URIs of `uri destination [uri destination ...]`."""
+    helped = INJECTED in notes or KEYS in notes or KSERVE_CLAIM in volumes
+    if helped or is_disabled(notes) or writes(notes):
+        return ()
+    found = [c for c in spec.get("initContainers") or () if c.get("name") == INITIALIZER]
+    words = [str(word) for container in found for word in container.get("args") or ()]
+    uris = words[: 2 * _MOST_DOWNLOADS : 2]
+    return tuple(uri for uri in uris if len(uri) <= _LONGEST_URI)
 
 
 def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

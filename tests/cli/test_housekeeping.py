@@ -47,7 +47,7 @@ def test_why_of_what_is_not_here(served: Machine) -> None:
     assert done.stdout.startswith("not here: nothing asks for it")
     bad = served("why", "nonsense")
     assert bad.code == 2
-    assert "'nonsense' is neither a URI nor a key here" in bad.stderr
+    assert "'nonsense' is no URI, and no cache or key here" in bad.stderr
 
 
 # -- pins and evictions ---------------------------------------------------------------------------

@@ -135,6 +135,36 @@ def test_show_finds_a_model_by_its_uri_its_key_and_the_beginning_of_its_key(
     assert "sub/notes.md" in text
 
 
+def test_show_and_why_know_a_model_by_the_name_of_its_cache(localmodel: Machine, hub: Hub) -> None:
+    agent = localmodel.agent().wait_ready()
+    localmodel.want("tiny", URI)
+    agent.wait_state("tiny", "Ready")
+    shown = localmodel("show", "tiny", "-o", "json").ok().json
+    assert shown == localmodel("show", URI, "-o", "json").ok().json
+    assert (shown["key"], shown["names"], shown["groups"]) == (KEY, ["tiny"], [])
+    assert "modelmesh" not in shown, "a directory of YAML knows no node groups"
+    rows = [line.split() for line in localmodel("show", "tiny").ok().stdout.splitlines()]
+    assert ["names", "tiny"] in rows
+    assert "asked for by tiny" in localmodel("why", "tiny").ok().stdout
+    agent.stop()
+    assert localmodel("show", "tiny").code == 2
+    assert localmodel("show", URI, "-o", "json").ok().json["names"] == []
+
+
+def test_a_word_for_two_models_is_refused_with_what_to_do(localmodel: Machine, hub: Hub) -> None:
+    """A cache may have the name that another model's key begins with."""
+    hub.add("acme/other", {"a.bin": b"a"})
+    agent = localmodel.agent().wait_ready()
+    localmodel.want("tiny", URI)
+    localmodel.want(KEY[:6], "hf://acme/other")
+    agent.wait_state("tiny", "Ready")
+    agent.wait_state(KEY[:6], "Ready")
+    for verb in ("show", "why", "pin"):
+        refused = localmodel(verb, KEY[:6])
+        assert refused.code == 2
+        assert "means 2 models" in refused.stderr
+
+
 def test_show_refuses_what_is_not_here(localmodel: Machine) -> None:
     localmodel("pull", URI).ok()
     for name in ("hf://acme/other", "ffff", KEY[:3], "\udcff"):

@@ -61,13 +61,26 @@ class Node:
         labels: Mapping[str, str] | None = None,
         owner: str = "ReplicaSet",
         namespace: str = "default",
+        keys: str | None = None,
+        downloads: str | None = None,
     ) -> str:
-        """A pod object on this node, as KServe rewrites it if it serves a model; its path."""
+        """A pod object on this node, as KServe rewrites it if it serves a model; its path. Or as
+        the hook wraps it, with these `keys`; or as nobody changed it, with its initializer."""
         # What kube-controller-manager would have made.
         account = {"metadata": {"name": "default"}}
         self.plane.request("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", account)
         path = f"/api/v1/namespaces/{namespace}/pods"
         body = pod(name, self.name, uri=uri, labels=labels, owner=owner)
+        if keys is not None:
+            body["metadata"]["annotations"] = {"localmodel-agent.io/keys": keys}
+            claim = {"claimName": f"localmodel-{self.group}", "readOnly": True}
+            body["spec"]["volumes"] = [{"name": "cache", "persistentVolumeClaim": claim}]
+            mount = {"name": "cache", "mountPath": "/mnt/localmodel", "readOnly": True}
+            body["spec"]["containers"][0]["volumeMounts"] = [mount]
+        if downloads is not None:
+            arguments = [downloads, "/mnt/models"]
+            initializer = {"name": "storage-initializer", "image": "any", "args": arguments}
+            body["spec"]["initContainers"] = [initializer]
         self.plane.request("POST", path, body).ok()
         return f"{path}/{name}"
 
@@ -133,10 +146,20 @@ class Node:
 
         return until(holds, lambda: f"{self.object()}\n{agent.log_text()}")
 
-    def events(self) -> list[dict[str, Any]]:
-        """The Events about this LocalModelNode."""
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The Events about this LocalModelNode, or about what has this name in `default`."""
         listed = self.plane.request("GET", "/api/v1/namespaces/default/events").ok()
-        return [e for e in listed["items"] if e["involvedObject"].get("name") == self.name]
+        about = name or self.name
+        return [e for e in listed["items"] if e["involvedObject"].get("name") == about]
+
+    def wait_event(self, agent: Agent, name: str, reason: str) -> dict[str, Any]:
+        """Until one about a pod in `default` has this reason; the only one."""
+
+        def found() -> list[dict[str, Any]]:
+            return [event for event in self.events(name) if event["reason"] == reason]
+
+        (event,) = until(found, lambda: f"{self.events(name)}\n{agent.log_text()}")
+        return event
 
 
 def group(name: str, path: str) -> dict[str, Any]:

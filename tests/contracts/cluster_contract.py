@@ -507,16 +507,22 @@ class ClusterContract:
         recorder = Recorder(api, node=world.node)
         on_node = Subject("LocalModelNode", "", world.node, f"uid-{world.node}")
         on_cache = Subject("LocalModelNamespaceCache", NAMESPACE, f"{world.node}-c", "uid-c")
+        on_pod = Subject("Pod", NAMESPACE, f"{world.node}-p", "uid-p", api="v1")
         async with running(recorder.run()):
             recorder.say(on_node, "Warning", "DiskMissing", "it is away")
             recorder.say(on_cache, "Normal", "Ready", "it is here")
-            await eventually(lambda: api.answered == 2)
+            recorder.say(on_pod, "Normal", "ModelReady", "it is here")
+            await eventually(lambda: api.answered == 3)
         (event,) = await events_of(world, "default", world.node)
         assert (event["reason"], event["type"], event["count"]) == ("DiskMissing", "Warning", 1)
         assert event["message"] == "it is away"
         assert event["source"] == {"component": "localmodel-agent", "host": world.node}
         (event,) = await events_of(world, NAMESPACE, f"{world.node}-c")
         assert event["involvedObject"]["namespace"] == NAMESPACE
+        assert event["involvedObject"]["apiVersion"] == "serving.kserve.io/v1alpha1"
+        (event,) = await events_of(world, NAMESPACE, f"{world.node}-p")
+        about = event["involvedObject"]
+        assert (about["kind"], about["apiVersion"], about["uid"]) == ("Pod", "v1", "uid-p")
 
     async def test_the_same_event_is_counted_up_once_a_minute(
         self, world: World, api: Noting

@@ -1,6 +1,7 @@
 """`why` has an answer for every state that a model can be in, and for every change of it."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -159,6 +160,39 @@ def test_the_support_names_who_asks_who_uses_and_what_happened() -> None:
         "2h30m ago: complete and proven, 1Gi",
         "1m ago: found damaged: a.bin",
     ]
+
+
+@pytest.mark.parametrize(
+    ("want", "actual", "retry_at", "says"),
+    [
+        (Want(ref=REF), {}, NOW + 125, "the next try is in 2m5s"),
+        (Want(ref=REF), {}, NOW - 1, "the next try is in 0s"),
+        (Want(ref=REF), {}, inf, "not tried again until the request changes"),
+        (Want(ref=REF, on_demand=True), {}, NOW + 9, "tried again when somebody asks for it"),
+        (
+            Want(ref=REF, on_demand=True),
+            {"demanded": frozenset({KEY})},
+            NOW + 9,
+            "the next try is in 9s",
+        ),
+    ],
+)
+def test_what_failed_says_how_often_and_when_it_is_tried_again(
+    want: Want, actual: dict[str, object], retry_at: float, says: str
+) -> None:
+    case = _case(Phase.FAILED, want=want, **actual)
+    assert case.facts is not None
+    for count, times in ((1, "once"), (3, "3 times in a row")):
+        attempt = replace(FAILED, count=count, retry_at=retry_at)
+        found = replace(case, facts=replace(case.facts, attempt=attempt))
+        answer, second, *_ = explain(found)
+        assert answer == SAYS[Phase.FAILED]
+        assert second == f"failed {times}; {says}"
+        # What is tried just now, or wanted by nobody, is not to be tried again.
+        job = Job(key=KEY, stage=Stage.RESOLVING)
+        running = replace(found, actual=replace(found.actual, jobs={KEY: job}))
+        for other in (running, replace(found, wants={})):
+            assert not [line for line in explain(other) if "failed" in line]
 
 
 def test_what_is_fetched_on_demand_says_that_nobody_asks() -> None:

@@ -228,6 +228,7 @@ async def test_migrations_are_applied_once(path: Path) -> None:
     assert [name for (name,) in names] == [
         "access_proofs",
         "asked_and_pods",
+        "bypasses",
         "history_and_leaving",
         "models_and_attempts",
         "proofs",

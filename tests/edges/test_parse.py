@@ -223,14 +223,20 @@ def _list(of: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 _TEXT = st.text(max_size=5)
 _NAMES = st.dictionaries(st.sampled_from(["model", "node", "control-plane"]), _or_any(_TEXT))
-_NOTES = st.dictionaries(st.sampled_from([parse.KEYS, "other"]), _or_any(_TEXT))
+_NOTES = st.dictionaries(st.sampled_from([parse.KEYS, parse.INJECTED, "other"]), _or_any(_TEXT))
 _MOUNT = _object(
     name=st.just("v"),
     mountPath=st.just("/models"),
     subPath=st.sampled_from(["models/0123456789abcdef/", "", "/", "x"]),
     subPathExpr=st.sampled_from(["models/$(X)", "$(", ""]),
 )
-_CONTAINERS = _list(_object(volumeMounts=_list(_MOUNT)))
+_CONTAINERS = _list(
+    _object(
+        name=st.just(parse.INITIALIZER),
+        args=_list(st.sampled_from(["hf://a/b", "/mnt/models"])),
+        volumeMounts=_list(_MOUNT),
+    )
+)
 _VOLUME = _object(
     name=st.sampled_from(["v", "kserve-pvc-source"]),
     hostPath=_object(path=st.sampled_from(["/models", "/", ""])),
@@ -289,6 +295,7 @@ WELL_FORMED: Json = {
                 ]
             }
         ],
+        "initContainers": [{"name": parse.INITIALIZER, "args": [URI, "/mnt/models"]}],
     },
     "status": {"phase": "Running", "modelStatus": {}},
 }
@@ -351,6 +358,7 @@ def _use_pods(pods: dict[str, parse.Pod]) -> None:
         usage.holder_is_gone("p", pods)
         for pod in pods.values():
             usage.keys_of(pod, present=(), groups=["c"], served="/models")
+            usage.bypassed(pod, [usage.Offer(uri="hf://a", namespace="", since="1")], since="")
     except REFUSALS as error:
         raise AssertionError(f"{pods} cannot be worked with") from error
 
