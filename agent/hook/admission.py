@@ -12,11 +12,13 @@ nodes live, and the pod can run on no other nodes or names the group itself.
 """
 
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
+from agent.hook.decisions import Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allows
 from agent.hook.spec import Json, containers, mounts, name_of
@@ -36,64 +38,9 @@ INITIALIZER = "storage-initializer"
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
+_MOST_ANNOTATIONS = 256 * 1024  # bytes of all that an object has; the API server's own limit
+_MOST_MODELS = 100  # of one pod: others wait while it is admitted
 _MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
-
-
-class Why(StrEnum):
-    """Why a pod is left as it is. The values are public: in the audit annotation and a metric."""
-
-    NOT_OURS = "NotOurs"
-    DISABLED = "Disabled"
-    WRITES = "Writes"
-    DONE = "Done"
-    NO_CACHE = "NoCache"
-    NO_CLAIM = "NoClaim"
-    NO_AGENT = "NoAgent"
-    OTHER_NODES = "OtherNodes"
-    UNKNOWN_IMAGE = "UnknownImage"
-    PATTERNS = "Patterns"
-    CONFIDENTIAL = "Confidential"
-    ODD = "Odd"
-
-
-EXPLAINED: Mapping[Why, str] = {
-    Why.NOT_OURS: "it neither downloads a model nor names one",
-    Why.DISABLED: "an annotation opts it out",
-    Why.WRITES: 'it is to write to its model (storage.kserve.io/readonly: "false")',
-    Why.DONE: "it was helped before (the hook is called again when others change a pod)",
-    Why.NO_CACHE: "no cache has its model",
-    Why.NO_CLAIM: "the claim of the node group is not bound in its namespace",
-    Why.NO_AGENT: "a node of the group has no living agent",
-    Why.OTHER_NODES: "it could run on nodes outside of the group, and does not name the group",
-    Why.UNKNOWN_IMAGE: "the entrypoint of its initializer's image is not known to the hook",
-    Why.PATTERNS: "it downloads other files of the model than the cache holds",
-    Why.CONFIDENTIAL: "its model is decrypted by the initializer",
-    Why.ODD: "its shape is not one that the hook knows",
-}
-
-QUIET = frozenset({Why.NOT_OURS, Why.DISABLED, Why.DONE, Why.NO_CACHE, Why.WRITES})
-"""Not worth a warning: nobody expected anything."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutation:
-    """A JSON Patch, and in one line what it does."""
-
-    patch: tuple[Json, ...]
-    note: str
-    keys: tuple[CacheKey, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skip:
-    """The pod stays as it is."""
-
-    why: Why
-    detail: str = ""
-
-    @property
-    def message(self) -> str:
-        return f"{EXPLAINED[self.why]}{f': {self.detail}' if self.detail else ''}"
 
 
 def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
@@ -192,9 +139,12 @@ class _Asked:
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
         ]
+        whole = {"name": VOLUME, "mountPath": MOUNT}
+        patch += self._with_mount(f"/spec/initContainers/{index}", initializer, whole)
+        made = [mount for mount in mounts(initializer) if not mount.get("readOnly")]
         for path, container in containers(self.spec):
-            if name_of(container) == INITIALIZER or volumes & set(map(name_of, mounts(container))):
-                patch += _with_mount(path, container, {"name": VOLUME, "mountPath": MOUNT})
+            if container is not initializer and volumes & set(map(name_of, mounts(container))):
+                patch += self._with_mount(path, container, whole, made=made)
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
         return self._mutation(patch, keys, f"wrapped: {_list(taken)} from the cache of {group}")
@@ -233,9 +183,10 @@ class _Asked:
         if not uri:
             raise _Left(Why.ODD, "it does not say which model KServe gave it")
         patch: list[Json] = []
-        if _claim(self._volumes()[index]).get("readOnly") is not True:
+        claim = _claim(self._volumes()[index])
+        if claim.get("readOnly") is not True:
             path = f"/spec/volumes/{index}/persistentVolumeClaim/readOnly"
-            patch.append({"op": "add", "path": path, "value": True})
+            patch.append(put("readOnly" in claim, path, True))
         patch += self._mended(uri)
         if not patch:
             raise _Left(Why.DONE)
@@ -262,13 +213,16 @@ class _Asked:
         group = self._group(list(found.values()))
         if not all(group in cache.groups for cache in found.values()):
             raise _Left(Why.NO_CACHE, "no one node group has all of them")
+        if len(named) > _MOST_MODELS:
+            raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
+        _check_places([place for _, place in named.values()], apart=True)
         mounted = [
             {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
             for uri, place in named.values()
         ]
         patch = self._with_volume(group)
         for path, container in containers(self.spec):
-            patch += _with_mount(path, container, *mounted)
+            patch += self._with_mount(path, container, *mounted)
         keys = tuple(sorted({cache.key for cache in found.values()}))
         patch += self._preferring(keys, group)
         return self._mutation(patch, keys, f"mounted: {_list(found)} from the cache of {group}")
@@ -332,6 +286,27 @@ class _Asked:
             self.spec, "/spec", "volumes", {"name": VOLUME, "persistentVolumeClaim": claim}
         )
 
+    def _with_mount(
+        self, path: str, container: Json, *added: Json, made: Iterable[Json] = ()
+    ) -> list[Json]:
+        """Read-only, where nothing is in the way. A mount needs a directory to be on: the runtime
+        makes one in an emptyDir that may be written, and would fail in most other volumes, or
+        leave it there. `made` are mounts of a container that ran before, and made it."""
+        places = [(mount, str(mount.get("mountPath"))) for mount in mounts(container)]
+        places += [(d, str(d.get("devicePath"))) for d in container.get("volumeDevices") or ()]
+        scratch = {name_of(v) for v in self._volumes() if v.get("emptyDir") is not None}
+        known = {(name_of(mount), mount.get("mountPath"), mount.get("subPath")) for mount in made}
+        for other, place in places:
+            same = (name_of(other), other.get("mountPath"), other.get("subPath")) in known
+            room = name_of(other) in scratch and (same or not other.get("readOnly"))
+            for mount in added:
+                ours = mount["mountPath"]
+                if _is_below(place, ours) or (_is_below(ours, place) and not room):
+                    raise _Left(Why.ODD, f"{name_of(container)} has something at {place}")
+        return append(
+            container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
+        )
+
     def _preferring(self, keys: Sequence[CacheKey], group: str) -> list[Json]:
         """Ask for a node that has the models already, and require none (kserve#4681)."""
         nodes = self.world.in_group(group)
@@ -353,6 +328,8 @@ class _Asked:
 
     def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
         written = {f"{PREFIX}/injected": note, KEYS: ",".join(keys)}
+        if _bytes({**self.notes, **written}) > _MOST_ANNOTATIONS:
+            raise _Left(Why.ODD, "its annotations leave no room for ours")
         metadata = self.pod.get("metadata")
         if metadata is None:
             patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})
@@ -373,14 +350,23 @@ def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:
     words = [str(word) for word in arguments]
     pairs = list(zip(words[::2], words[1::2], strict=False))
     places = [place for _, place in pairs]
+    if len(places) > _MOST_MODELS:
+        raise _Left(Why.ODD, f"it has more than {_MOST_MODELS} models")
     if len(words) % 2 or not pairs or len({uri for uri, _ in pairs}) < len(pairs):
         raise _Left(Why.ODD, "the initializer's arguments are no pairs")
-    for place in places:
-        if not place.startswith("/"):
-            raise _Left(Why.ODD, f"{place} is no absolute path")
-        if any(other != place and _is_below(other, place) for other in places):
-            raise _Left(Why.ODD, f"{place} holds another destination")
+    _check_places(places)
     return pairs
+
+
+def _check_places(places: Sequence[str], *, apart: bool = False) -> None:
+    """Raise _Left where one is in another; with `apart`, also where two are the same."""
+    for place in places:
+        if not place.startswith("/") or _normal(place) == "/":
+            raise _Left(Why.ODD, f"{place} is no absolute path of a directory")
+    found = sorted(f"{_normal(place)}/" for place in (places if apart else set(places)))
+    for outer, inner in pairwise(found):  # what is below a path comes next to it
+        if inner.startswith(outer):
+            raise _Left(Why.ODD, f"{outer} holds another model")
 
 
 def _only(node: str) -> Json:
@@ -396,8 +382,13 @@ def _named(notes: Json) -> dict[str, tuple[str, str]]:
         name = note.removeprefix(f"{PREFIX}/source")
         if name != note and (not name or name.startswith(".")):
             place = str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")
-            found[name] = str(uri), posixpath.normpath(place)
+            found[name] = str(uri), _normal(place)
     return found
+
+
+def _normal(path: str) -> str:
+    """Without what makes two paths of one: POSIX lets two slashes at the beginning mean more."""
+    return re.sub("^//", "/", posixpath.normpath(path))
 
 
 def _wait_seconds(text: Any) -> int:
@@ -409,18 +400,13 @@ def _wait_seconds(text: Any) -> int:
 
 def _is_below(path: str, directory: str) -> bool:
     """Or is that directory."""
-    return f"{posixpath.normpath(path)}/".startswith(f"{posixpath.normpath(directory)}/")
+    return f"{_normal(path)}/".startswith(f"{_normal(directory).rstrip('/')}/")
 
 
-def _with_mount(path: str, container: Json, *added: Json) -> list[Json]:
-    """Read-only, where nothing is mounted yet."""
-    taken = {posixpath.normpath(str(mount.get("mountPath"))) for mount in mounts(container)}
-    for mount in added:
-        if mount["mountPath"] in taken:
-            raise _Left(Why.ODD, f"{name_of(container)} has something at {mount['mountPath']}")
-    return append(
-        container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
-    )
+def _bytes(notes: Json) -> int:
+    """What annotations take, as the API server counts them."""
+    words = (word for note in notes.items() for word in map(str, note))
+    return sum(len(word.encode(errors="replace")) for word in words)
 
 
 def _value(variable: Json) -> str:

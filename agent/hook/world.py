@@ -30,12 +30,13 @@ class Cache:
         return self.uri.removesuffix("/")
 
     def rest(self, uri: str) -> str | None:
-        """What of this cache a URI names, "" for the whole; None if it names something else."""
+        """What of this cache a URI names, "" for the whole; None if it names something else, or
+        what no model holds: a way out of it (`..`), which the API server takes in no `subPath`."""
         asked = uri.removesuffix("/")
         if asked == self.prefix:
             return ""
         rest = asked.removeprefix(f"{self.prefix}/")
-        return None if rest == asked else rest
+        return None if rest == asked or layout.unsafe(rest) else rest
 
     def part(self, uri: str) -> str | None:
         """Where that is in the volume of a node group."""
