@@ -21,7 +21,7 @@ from typing import Any
 from agent.hook.decisions import Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allows
-from agent.hook.spec import Json, containers, mounts, name_of
+from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
 from agent.kube.credentials import PATTERNS
@@ -147,7 +147,7 @@ class _Asked:
                 patch += self._with_mount(path, container, whole, made=made)
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"wrapped: {_list(taken)} from the cache of {group}")
+        return self._mutation(patch, keys, f"wrapped: {few(taken)} from the cache of {group}")
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         if initializer.get("command"):
@@ -225,7 +225,7 @@ class _Asked:
             patch += self._with_mount(path, container, *mounted)
         keys = tuple(sorted({cache.key for cache in found.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"mounted: {_list(found)} from the cache of {group}")
+        return self._mutation(patch, keys, f"mounted: {few(found)} from the cache of {group}")
 
     # -- which cache, which group -----------------------------------------------------------------
 
@@ -272,10 +272,10 @@ class _Asked:
         if not nodes:
             return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
-            return _Left(Why.NO_AGENT, _list(silent))
+            return _Left(Why.NO_AGENT, few(silent))
         allowed = {node.name for node in self.world.nodes if allows(self.spec, node)}
         if not named and (not allowed or allowed - nodes):
-            return _Left(Why.OTHER_NODES, _list(sorted(allowed - nodes)) or "no node is known")
+            return _Left(Why.OTHER_NODES, few(sorted(allowed - nodes)) or "no node is known")
         return None
 
     # -- the patch --------------------------------------------------------------------------------
@@ -416,9 +416,3 @@ def _value(variable: Json) -> str:
 
 def _claim(volume: Json) -> Json:
     return volume.get("persistentVolumeClaim") or {}
-
-
-def _list(names: Iterable[str]) -> str:
-    """A few of them: it becomes an annotation, and a warning."""
-    found = list(names)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -47,10 +47,11 @@ class Cache:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """A LocalModelNodeGroup. `selector` is what its volumes require of a node, None: nothing, as
-    for a volume that all nodes share."""
+    for a volume that all nodes share; `limit` what models may take on each node, in bytes."""
 
     name: str
     selector: Mapping[str, Any] | None
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
