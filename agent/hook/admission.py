@@ -11,6 +11,7 @@ could run: a claim of a group is mounted only if that claim is bound, the agents
 nodes live, and the pod can run on no other nodes or names the group itself.
 """
 
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,8 @@ _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
 _MOST_ANNOTATIONS = 256 * 1024  # bytes of all that an object has; the API server's own limit
+_MOST_MOUNTS = 1000  # that are added to one pod
+_MOST_SCHEDULING = 16 * 1024  # bytes of what each node is compared with
 _MOST_MODELS = 100  # of one pod: others wait while it is admitted
 _MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
 
@@ -83,6 +86,9 @@ class _Asked:
         self._check_opt_outs()
         if any(name_of(volume) == VOLUME for volume in self._volumes()):
             raise _Left(Why.DONE)
+        compared = [self.spec.get(name) for name in ("nodeSelector", "affinity", "tolerations")]
+        if len(json.dumps(compared)) > _MOST_SCHEDULING:
+            raise _Left(Why.ODD, "it has so many tolerations or so much affinity")
         if initializer is not None:
             return self._wrapped(*initializer)
         if rewritten is not None:
@@ -120,11 +126,11 @@ class _Asked:
         entrypoint = self._entrypoint(initializer)
         group = self._group(list(found.values()))
         taken = {uri: cache for uri, cache in found.items() if group in cache.groups}
+        places = [_directory(place) for uri, place in pairs if uri in taken]
         volumes = {
             name_of(mount)
-            for mount in initializer.get("volumeMounts") or ()
-            for uri, destination in pairs
-            if uri in taken and _is_below(destination, str(mount.get("mountPath")))
+            for mount in mounts(initializer)
+            if any(place.startswith(_directory(mount.get("mountPath"))) for place in places)
         }
         wrapped = command(
             [
@@ -147,7 +153,9 @@ class _Asked:
                 patch += self._with_mount(path, container, whole, made=made)
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"wrapped: {few(taken)} from the cache of {group}")
+        return self._mutation(
+            patch, keys, group, f"wrapped: {few(taken)} from the cache of {group}"
+        )
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         if initializer.get("command"):
@@ -190,7 +198,11 @@ class _Asked:
         patch += self._mended(uri)
         if not patch:
             raise _Left(Why.DONE)
-        return self._mutation(patch, (cache_key(uri),), f"read-only: {uri} on KServe's claim")
+        # KServe's name for it is CACHE-GROUP, and either may hold a hyphen.
+        group = str(claim.get("claimName")).removeprefix(f"{self.labels[KSERVE_LABEL]}-")
+        known = group if group in self.world.groups else ""
+        note = f"read-only: {few([uri])} on KServe's claim"
+        return self._mutation(patch, (cache_key(uri),), known, note)
 
     def _mended(self, uri: str) -> Iterable[Json]:
         """KServe cuts `s3://b/m/` off `s3://b/m`, and is left with all of it (kserve.md 4.4)."""
@@ -209,12 +221,14 @@ class _Asked:
             raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
         found = self._cached(uri for uri, _ in named.values())
         if missing := sorted({uri for uri, _ in named.values()} - found.keys()):
-            raise _Left(Why.NO_CACHE, ", ".join(missing))
+            raise _Left(Why.NO_SUCH_CACHE, few(missing))
         group = self._group(list(found.values()))
         if not all(group in cache.groups for cache in found.values()):
-            raise _Left(Why.NO_CACHE, "no one node group has all of them")
+            raise _Left(Why.NO_SUCH_CACHE, "no one node group has all of them")
         if len(named) > _MOST_MODELS:
             raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
+        if len(named) * len(containers(self.spec)) > _MOST_MOUNTS:
+            raise _Left(Why.ODD, "so many models in so many containers")
         _check_places([place for _, place in named.values()], apart=True)
         mounted = [
             {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
@@ -225,7 +239,9 @@ class _Asked:
             patch += self._with_mount(path, container, *mounted)
         keys = tuple(sorted({cache.key for cache in found.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"mounted: {few(found)} from the cache of {group}")
+        return self._mutation(
+            patch, keys, group, f"mounted: {few(found)} from the cache of {group}"
+        )
 
     # -- which cache, which group -----------------------------------------------------------------
 
@@ -255,7 +271,7 @@ class _Asked:
             known = [group for group in known if group == named]
         if not known:
             detail = f"not in the node group {named}" if named else "its node groups do not exist"
-            raise _Left(Why.NO_CACHE, detail)
+            raise _Left(Why.NO_SUCH_CACHE, detail)
         known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
         refusals = []
         for group in known:
@@ -292,17 +308,19 @@ class _Asked:
         """Read-only, where nothing is in the way. A mount needs a directory to be on: the runtime
         makes one in an emptyDir that may be written, and would fail in most other volumes, or
         leave it there. `made` are mounts of a container that ran before, and made it."""
-        places = [(mount, str(mount.get("mountPath"))) for mount in mounts(container)]
-        places += [(d, str(d.get("devicePath"))) for d in container.get("volumeDevices") or ()]
+        places = [(mount, mount.get("mountPath")) for mount in mounts(container)]
+        places += [(item, item.get("devicePath")) for item in container.get("volumeDevices") or ()]
         scratch = {name_of(v) for v in self._volumes() if v.get("emptyDir") is not None}
         known = {(name_of(mount), mount.get("mountPath"), mount.get("subPath")) for mount in made}
+        ours = tuple(_directory(mount["mountPath"]) for mount in added)
         for other, place in places:
+            directory = _directory(place)
             same = (name_of(other), other.get("mountPath"), other.get("subPath")) in known
             room = name_of(other) in scratch and (same or not other.get("readOnly"))
-            for mount in added:
-                ours = mount["mountPath"]
-                if _is_below(place, ours) or (_is_below(ours, place) and not room):
-                    raise _Left(Why.ODD, f"{name_of(container)} has something at {place}")
+            if directory.startswith(ours) or (
+                not room and any(one.startswith(directory) for one in ours)
+            ):
+                raise _Left(Why.ODD, f"{name_of(container)} has something at {place}")
         return append(
             container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
         )
@@ -326,7 +344,9 @@ class _Asked:
             return [put("nodeAffinity" in affinity, path, {_PREFERRED: terms})]
         return append(node, "/spec/affinity/nodeAffinity", _PREFERRED, *terms)
 
-    def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
+    def _mutation(
+        self, patch: list[Json], keys: tuple[CacheKey, ...], group: str, note: str
+    ) -> Mutation:
         written = {f"{PREFIX}/injected": note, KEYS: ",".join(keys)}
         if _bytes({**self.notes, **written}) > _MOST_ANNOTATIONS:
             raise _Left(Why.ODD, "its annotations leave no room for ours")
@@ -339,7 +359,7 @@ class _Asked:
             for name, value in written.items():
                 path = f"/metadata/annotations/{escaped(name)}"
                 patch.append(put(name in metadata["annotations"], path, value))
-        return Mutation(patch=tuple(patch), note=note, keys=keys)
+        return Mutation(patch=tuple(patch), note=note, keys=keys, group=group)
 
 
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -363,7 +383,7 @@ def _check_places(places: Sequence[str], *, apart: bool = False) -> None:
     for place in places:
         if not place.startswith("/") or _normal(place) == "/":
             raise _Left(Why.ODD, f"{place} is no absolute path of a directory")
-    found = sorted(f"{_normal(place)}/" for place in (places if apart else set(places)))
+    found = sorted(map(_directory, places if apart else set(places)))
     for outer, inner in pairwise(found):  # what is below a path comes next to it
         if inner.startswith(outer):
             raise _Left(Why.ODD, f"{outer} holds another model")
@@ -398,9 +418,9 @@ def _wait_seconds(text: Any) -> int:
         return _WAIT_SECONDS
 
 
-def _is_below(path: str, directory: str) -> bool:
-    """Or is that directory."""
-    return f"{_normal(path)}/".startswith(f"{_normal(directory).rstrip('/')}/")
+def _directory(path: Any) -> str:
+    """To be compared with the beginning of another path."""
+    return f"{_normal(str(path)).rstrip('/')}/"
 
 
 def _bytes(notes: Json) -> int:

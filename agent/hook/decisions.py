@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.hook.spec import Json
+from agent.hook.spec import WARNING, Json, cut
 from agent.model import CacheKey
 
 
@@ -19,6 +19,7 @@ class Why(StrEnum):
     WRITES = "Writes"
     DONE = "Done"
     NO_CACHE = "NoCache"
+    NO_SUCH_CACHE = "NoSuchCache"
     NO_CLAIM = "NoClaim"
     NO_AGENT = "NoAgent"
     OTHER_NODES = "OtherNodes"
@@ -46,6 +47,9 @@ EXPLAINED: Mapping[Why, Explained] = {
     Why.DONE: Explained("it was helped before: the hook is called again when others change a pod"),
     Why.NO_CACHE: Explained(
         "no cache has its model", "create a LocalModelCache of exactly this URI"
+    ),
+    Why.NO_SUCH_CACHE: Explained(
+        "no cache has what it names", "correct the annotation, or create the cache or its group"
     ),
     Why.NO_CLAIM: Explained(
         "the claim of the node group is not bound in its namespace",
@@ -94,6 +98,9 @@ class Skip:
 
     @property
     def message(self) -> str:
+        """Fit for a warning: a long detail is cut, what to do is not."""
         explained = EXPLAINED[self.why]
-        detail = f": {self.detail}" if self.detail else ""
-        return f"{explained.means}{detail}" + (f"; {explained.advice}" if explained.advice else "")
+        said = f"not from the node's cache: {explained.means}"
+        advice = f"; {explained.advice}" if explained.advice else ""
+        room = WARNING - len(said) - len(advice) - 2
+        return f"{said}{f': {cut(self.detail, room)}' if self.detail else ''}{advice}"

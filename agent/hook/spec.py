@@ -5,6 +5,9 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
+WARNING = 256
+"""Characters of a warning: the API server cuts what is longer, from the end, where the fix is."""
+
 
 def at(raw: Json, *names: str) -> Json:
     """What is under a path of names; {} where nothing is."""

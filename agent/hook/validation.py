@@ -58,6 +58,9 @@ class Users:
     pods: tuple[str, ...] = ()
 
 
+NOBODY = Users()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Refused, and what to do about it; or, with "", let through with these warnings."""
@@ -83,7 +86,7 @@ def validate(
     world: World,
     *,
     check: Callable[[str], object],
-    users: Users,
+    users: Users = NOBODY,
 ) -> Verdict:
     """A cache of either kind; `new` {} for a DELETE, `old` {} for a CREATE. `check` raises for a
     URI that no source knows. What is being deleted already may always be written and deleted."""

@@ -265,7 +265,7 @@ def _without_gpu() -> dict[str, Any]:
         ({"live": frozenset({"a"})}, Why.NO_AGENT, "b"),
         ({"nodes": MIXED}, Why.OTHER_NODES, "h"),
         ({"nodes": ()}, Why.NO_AGENT, "no node of gpu1 is Ready"),
-        ({"groups": {}}, Why.NO_CACHE, "its node groups do not exist"),
+        ({"groups": {}}, Why.NO_SUCH_CACHE, "its node groups do not exist"),
     ],
 )
 def test_nothing_is_done_that_could_keep_it_from_a_node(
@@ -280,7 +280,7 @@ def test_a_pod_that_names_the_group_may_only_be_there() -> None:
     pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu1"
     helped(pod, world)
     pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu2"
-    assert left(pod, world) == Skip(why=Why.NO_CACHE, detail="not in the node group gpu2")
+    assert left(pod, world) == Skip(why=Why.NO_SUCH_CACHE, detail="not in the node group gpu2")
 
 
 def test_what_the_selector_allows_says_the_group() -> None:
@@ -351,6 +351,12 @@ def test_a_rewritten_pod_cannot_write() -> None:
     assert after["spec"] == before["spec"]
 
 
+def test_a_claim_that_says_it_may_be_written_is_told_otherwise() -> None:
+    pod = golden("cached-hf")
+    pod["spec"]["volumes"][1]["persistentVolumeClaim"]["readOnly"] = False
+    assert helped(pod)["spec"]["volumes"][1]["persistentVolumeClaim"]["readOnly"] is True
+
+
 def test_the_sub_path_of_a_trailing_slash_is_mended() -> None:
     """kserve.md 4.4: a cache of `.../m/`, a service of `.../m`."""
     pod = golden("subpath")
@@ -398,6 +404,18 @@ def test_a_plain_pod_gets_the_model_where_it_says() -> None:
     assert after["spec"]["volumes"][1:] == [{"name": VOLUME, "persistentVolumeClaim": CLAIM}]
 
 
+@pytest.mark.parametrize("place", ["/..", "/", "models"])
+def test_a_place_that_is_no_place(place: str) -> None:
+    pod = plain(source=LLAMA, mount_path=place)
+    del pod["spec"]["containers"][1:]
+    assert left(pod).detail.endswith("is no absolute path of a directory")
+
+
+def test_two_slashes_are_one() -> None:
+    after = helped(plain(source=LLAMA, mount_path="//models//x"))
+    assert after["spec"]["containers"][0]["volumeMounts"][-1]["mountPath"] == "/models/x"
+
+
 def test_several_models_by_name() -> None:
     notes = {
         "source": LLAMA,
@@ -412,8 +430,8 @@ def test_several_models_by_name() -> None:
 @pytest.mark.parametrize(
     ("notes", "change", "why"),
     [
-        ({"source": "hf://nobody/asked"}, {}, Why.NO_CACHE),
-        ({"source": LLAMA, "source.x": "hf://nobody/asked"}, {}, Why.NO_CACHE),
+        ({"source": "hf://nobody/asked"}, {}, Why.NO_SUCH_CACHE),
+        ({"source": LLAMA, "source.x": "hf://nobody/asked"}, {}, Why.NO_SUCH_CACHE),
         ({"source": LLAMA}, {"inject": frozenset()}, Why.NO_CLAIM),
         ({"source": LLAMA, "mount-path": "/x"}, {}, Why.ODD),
         ({"source": LLAMA, "disable": "true"}, {}, Why.DISABLED),
@@ -427,6 +445,20 @@ def test_a_plain_pod_is_left_alone(notes: dict[str, str], change: Any, why: Why)
 def test_a_pod_may_not_name_any_number_of_models() -> None:
     notes = {f"source.{n}": LLAMA for n in range(101)}
     assert left(plain(**notes)).detail == "it names more than 100 models"
+    pod = plain(**{f"mount-path.{n}": f"/{n}" for n in range(100)})
+    pod["metadata"]["annotations"] |= {f"localmodel-agent.io/source.{n}": LLAMA for n in range(100)}
+    helped(pod)
+    pod["spec"]["containers"] *= 6
+    assert left(pod).detail == "so many models in so many containers"
+
+
+def test_nobody_waits_for_a_pod_with_a_million_tolerations() -> None:
+    """Each is compared with each taint of each node."""
+    pod = golden("uncached-hf")
+    pod["spec"]["tolerations"] = [{"key": "a"}] * 500
+    helped(pod)
+    pod["spec"]["tolerations"] *= 4
+    assert left(pod).why is Why.ODD
 
 
 @pytest.mark.parametrize("name", list(named_pods()))
@@ -436,7 +468,7 @@ def test_no_wish_leads_to_a_pod_that_could_not_start(name: str) -> None:
     if expected:
         helped(pod)
     else:
-        assert left(pod).why in (Why.ODD, Why.NO_CACHE)
+        assert left(pod).why in (Why.ODD, Why.NO_CACHE, Why.NO_SUCH_CACHE)
 
 
 def test_a_directory_that_the_initializer_made_is_there_for_the_server() -> None:
@@ -479,6 +511,12 @@ def test_every_reason_is_explained() -> None:
     assert set(Why) > QUIET
     said = Skip(why=Why.NO_CLAIM, detail="localmodel-gpu1").message
     assert "localmodel-gpu1; label the namespace" in said
+    for why, explained in EXPLAINED.items():
+        long = Skip(why=why, detail="x\n" * 500).message
+        assert len(long) == 256
+        assert long.isprintable()
+        assert long.startswith(f"not from the node's cache: {explained.means}")
+        assert long.endswith(explained.advice)
 
 
 def _uri(case: str) -> str:
