@@ -14,12 +14,15 @@ from contextlib import AsyncExitStack
 from math import inf
 from typing import Any
 
+from prometheus_client import Counter
+
 from agent import USER_AGENT, __version__
 from agent.certificates import expires_at
 from agent.config import ControllerSettings, listen_address
 from agent.errors import AgentError
 from agent.hook import review
-from agent.hook.review import Answer
+from agent.hook.review import Answer, Outcome, Request
+from agent.hook.validation import NOBODY
 from agent.keeper import Keeper
 from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
@@ -27,8 +30,10 @@ from agent.kube.lease import Lease
 from agent.metrics import HookMetrics
 from agent.server import health_app, hook_app, serve_tcp
 from agent.signing import Signing
+from agent.sources import scheme_of
 from agent.tasks import first_of, until_told
 from agent.tls import CertificateDirectory, ServerTLS
+from agent.users import users_of
 from agent.watched import Watched
 
 _log = logging.getLogger(__name__)
@@ -91,6 +96,8 @@ class Controller:
         self.serving = False
         self.turned_at = -inf
         self._led = False
+        for outcome in review.OUTCOMES:  # a rate over a series that appears late is blind
+            metrics.pods.labels(outcome)
         namespace = settings.pod_namespace
         self.tls = ServerTLS()
         self._recorder = Recorder(api, node=socket.gethostname())
@@ -172,13 +179,31 @@ class Controller:
 
     # -- answering ------------------------------------------------------------------------------
 
-    def mutate(self, raw: bytes) -> Answer:
-        """The answer to an AdmissionReview of a pod."""
-        return review.mutating(raw, self._watched.world)
+    async def mutate(self, raw: bytes) -> Answer:
+        """The answer to an AdmissionReview of a pod. Raises ValueError for what is none."""
+        request = review.read(raw)
+        found = review.mutated(request, self._watched.world)
+        return self._said(request, found, self._metrics.pods)
 
     async def validate(self, raw: bytes) -> Answer:
-        """The answer to an AdmissionReview of a cache."""
-        return review.validating(raw, self._watched.world)
+        """The answer to an AdmissionReview of a cache. Raises ValueError for what is none."""
+        request, users = review.read(raw), NOBODY
+        if (deletion := review.deletion(request)) is not None:
+            try:
+                users = await users_of(self._api, deletion)
+            except AgentError as error:
+                found = review.undecided(request, f"nobody can tell who uses it: {error.message}")
+                return self._said(request, found, self._metrics.validations)
+        found = review.validated(request, self._watched.world, check=scheme_of, users=users)
+        return self._said(request, found, self._metrics.validations)
+
+    def _said(self, request: Request, found: Answer, counter: Counter) -> Answer:
+        counter.labels(found.outcome).inc()
+        if found.outcome == Outcome.ERROR:
+            _log.error("%s: %s", request.about, found.detail)
+        elif found.detail:
+            _log.info("%s: %s: %s", request.about, found.outcome, found.detail)
+        return found
 
     def not_ready(self) -> str | None:
         """Why this replica is not to be asked, for its probe; None when it is."""

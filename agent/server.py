@@ -12,7 +12,6 @@ The socket is in a directory of mode 0700: whoever may open it may have the agen
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import ssl
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from agent import __version__, layout
 from agent.curator import Verb
@@ -30,8 +29,6 @@ from agent.events import Event
 from agent.hook.review import Answer
 from agent.metrics import HookMetrics, Metrics
 from agent.service import Service
-
-_log = logging.getLogger(__name__)
 
 _STALE_SECONDS = 180.0
 """A loop that finished no turn for so long is not healthy: they come every 30 s at the latest."""
@@ -95,14 +92,14 @@ def health_app(
 
 
 def hook_app(
-    mutate: Callable[[bytes], Answer],
+    mutate: Callable[[bytes], Awaitable[Answer]],
     validate: Callable[[bytes], Awaitable[Answer]],
     metrics: HookMetrics,
 ) -> web.Application:
-    """What the API server asks. Whatever goes wrong, it is answered: it would wait."""
+    """What the API server asks."""
 
     def answering(
-        answer: Callable[[bytes], Awaitable[Answer]], counter: Counter
+        answer: Callable[[bytes], Awaitable[Answer]],
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handler(request: web.Request) -> web.Response:
             raw = await request.read()
@@ -110,21 +107,14 @@ def hook_app(
                 try:
                     found = await answer(raw)
                 except ValueError as error:
-                    counter.labels("invalid").inc()
                     raise web.HTTPBadRequest(text=f"{error}\n") from error
-            counter.labels(found.outcome).inc()
-            if found.note:
-                _log.info("%s", found.note)
             return web.Response(body=found.body, content_type="application/json")
 
         return handler
 
-    async def mutated(raw: bytes) -> Answer:
-        return mutate(raw)
-
     app = web.Application(client_max_size=_REVIEW_BYTES)
-    app.router.add_post("/mutate", answering(mutated, metrics.pods))
-    app.router.add_post("/validate", answering(validate, metrics.validations))
+    app.router.add_post("/mutate", answering(mutate))
+    app.router.add_post("/validate", answering(validate))
     return app
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from agent.errors import AgentError, Reason
 from agent.formats import strictest
 from agent.kube.credentials import storage_patterns
-from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, want
+from agent.kube.parse import Cache, CacheMeta, Group, NodeObject, check_not_of_node, want
 from agent.model import CacheKey, Want, cache_key
 
 
@@ -101,7 +101,7 @@ def of_node(
             spoken_for[cache_key(entry.uri)] = None
             continue
         try:
-            _check_source(entry.uri)
+            check_not_of_node(entry.uri)
             check(entry.uri)
             _check_path(groups.get(entry.group), served)
             notes = meta.annotations if meta else {}
@@ -130,17 +130,6 @@ def of_node(
         guarded={name: want for name, want in guarded.items() if name in desired.names},
         group_limits={name: group.limit for name, group in groups.items() if group.limit},
     )
-
-
-def _check_source(uri: str) -> None:
-    """Raise Unsupported for files of the node: a tenant who may create a cache could publish the
-    agent's own token, or another tenant's model."""
-    scheme, separator, _ = uri.partition("://")
-    if not separator or scheme.lower() == "file":
-        raise AgentError(
-            Reason.UNSUPPORTED,
-            f"{uri} is a path, and in a cluster nobody's files are read from a node; use hf://",
-        )
 
 
 def _check_path(group: Group | None, served: str) -> None:

@@ -11,15 +11,18 @@ could run: a claim of a group is mounted only if that claim is bound, the agents
 nodes live, and the pod can run on no other nodes or names the group itself.
 """
 
+import json
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
+from agent.hook.decisions import Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allows
-from agent.hook.spec import Json, containers, mounts, name_of
+from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
 from agent.kube import parse
@@ -36,64 +39,11 @@ MOUNT = "/mnt/localmodel"
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
+_MOST_ANNOTATIONS = 256 * 1024  # bytes of all that an object has; the API server's own limit
+_MOST_MOUNTS = 1000  # that are added to one pod
+_MOST_SCHEDULING = 16 * 1024  # bytes of what each node is compared with
+_MOST_MODELS = 100  # of one pod: others wait while it is admitted
 _MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
-
-
-class Why(StrEnum):
-    """Why a pod is left as it is. The values are public: in the audit annotation and a metric."""
-
-    NOT_OURS = "NotOurs"
-    DISABLED = "Disabled"
-    WRITES = "Writes"
-    DONE = "Done"
-    NO_CACHE = "NoCache"
-    NO_CLAIM = "NoClaim"
-    NO_AGENT = "NoAgent"
-    OTHER_NODES = "OtherNodes"
-    UNKNOWN_IMAGE = "UnknownImage"
-    PATTERNS = "Patterns"
-    CONFIDENTIAL = "Confidential"
-    ODD = "Odd"
-
-
-EXPLAINED: Mapping[Why, str] = {
-    Why.NOT_OURS: "it neither downloads a model nor names one",
-    Why.DISABLED: "an annotation opts it out",
-    Why.WRITES: 'it is to write to its model (storage.kserve.io/readonly: "false")',
-    Why.DONE: "it was helped before (the hook is called again when others change a pod)",
-    Why.NO_CACHE: "no cache has its model",
-    Why.NO_CLAIM: "the claim of the node group is not bound in its namespace",
-    Why.NO_AGENT: "a node of the group has no living agent",
-    Why.OTHER_NODES: "it could run on nodes outside of the group, and does not name the group",
-    Why.UNKNOWN_IMAGE: "the entrypoint of its initializer's image is not known to the hook",
-    Why.PATTERNS: "it downloads other files of the model than the cache holds",
-    Why.CONFIDENTIAL: "its model is decrypted by the initializer",
-    Why.ODD: "its shape is not one that the hook knows",
-}
-
-QUIET = frozenset({Why.NOT_OURS, Why.DISABLED, Why.DONE, Why.NO_CACHE, Why.WRITES})
-"""Not worth a warning: nobody expected anything."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mutation:
-    """A JSON Patch, and in one line what it does."""
-
-    patch: tuple[Json, ...]
-    note: str
-    keys: tuple[CacheKey, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skip:
-    """The pod stays as it is."""
-
-    why: Why
-    detail: str = ""
-
-    @property
-    def message(self) -> str:
-        return f"{EXPLAINED[self.why]}{f': {self.detail}' if self.detail else ''}"
 
 
 def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
@@ -136,6 +86,9 @@ class _Asked:
         self._check_opt_outs()
         if any(name_of(volume) == VOLUME for volume in self._volumes()):
             raise _Left(Why.DONE)
+        compared = [self.spec.get(name) for name in ("nodeSelector", "affinity", "tolerations")]
+        if len(json.dumps(compared)) > _MOST_SCHEDULING:
+            raise _Left(Why.ODD, "it has so many tolerations or so much affinity")
         if initializer is not None:
             return self._wrapped(*initializer)
         if rewritten is not None:
@@ -171,11 +124,11 @@ class _Asked:
         entrypoint = self._entrypoint(initializer)
         group = self._group(list(found.values()))
         taken = {uri: cache for uri, cache in found.items() if group in cache.groups}
+        places = [_directory(place) for uri, place in pairs if uri in taken]
         volumes = {
             name_of(mount)
-            for mount in initializer.get("volumeMounts") or ()
-            for uri, destination in pairs
-            if uri in taken and _is_below(destination, str(mount.get("mountPath")))
+            for mount in mounts(initializer)
+            if any(place.startswith(_directory(mount.get("mountPath"))) for place in places)
         }
         wrapped = command(
             [
@@ -190,12 +143,17 @@ class _Asked:
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
         ]
+        whole = {"name": VOLUME, "mountPath": MOUNT}
+        patch += self._with_mount(f"/spec/initContainers/{index}", initializer, whole)
+        made = [mount for mount in mounts(initializer) if not mount.get("readOnly")]
         for path, container in containers(self.spec):
-            if name_of(container) == INITIALIZER or volumes & set(map(name_of, mounts(container))):
-                patch += _with_mount(path, container, {"name": VOLUME, "mountPath": MOUNT})
+            if container is not initializer and volumes & set(map(name_of, mounts(container))):
+                patch += self._with_mount(path, container, whole, made=made)
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"wrapped: {_list(taken)} from the cache of {group}")
+        return self._mutation(
+            patch, keys, group, f"wrapped: {few(taken)} from the cache of {group}"
+        )
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         if initializer.get("command"):
@@ -231,13 +189,18 @@ class _Asked:
         if not uri:
             raise _Left(Why.ODD, "it does not say which model KServe gave it")
         patch: list[Json] = []
-        if _claim(self._volumes()[index]).get("readOnly") is not True:
+        claim = _claim(self._volumes()[index])
+        if claim.get("readOnly") is not True:
             path = f"/spec/volumes/{index}/persistentVolumeClaim/readOnly"
-            patch.append({"op": "add", "path": path, "value": True})
+            patch.append(put("readOnly" in claim, path, True))
         patch += self._mended(uri)
         if not patch:
             raise _Left(Why.DONE)
-        return self._mutation(patch, (cache_key(uri),), f"read-only: {uri} on KServe's claim")
+        # KServe's name for it is CACHE-GROUP, and either may hold a hyphen.
+        group = str(claim.get("claimName")).removeprefix(f"{self.labels[KSERVE_LABEL]}-")
+        known = group if group in self.world.groups else ""
+        note = f"read-only: {few([uri])} on KServe's claim"
+        return self._mutation(patch, (cache_key(uri),), known, note)
 
     def _mended(self, uri: str) -> Iterable[Json]:
         """KServe cuts `s3://b/m/` off `s3://b/m`, and is left with all of it (kserve.md 4.4)."""
@@ -256,20 +219,27 @@ class _Asked:
             raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
         found = self._cached(uri for uri, _ in named.values())
         if missing := sorted({uri for uri, _ in named.values()} - found.keys()):
-            raise _Left(Why.NO_CACHE, ", ".join(missing))
+            raise _Left(Why.NO_SUCH_CACHE, few(missing))
         group = self._group(list(found.values()))
         if not all(group in cache.groups for cache in found.values()):
-            raise _Left(Why.NO_CACHE, "no one node group has all of them")
+            raise _Left(Why.NO_SUCH_CACHE, "no one node group has all of them")
+        if len(named) > _MOST_MODELS:
+            raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
+        if len(named) * len(containers(self.spec)) > _MOST_MOUNTS:
+            raise _Left(Why.ODD, "so many models in so many containers")
+        _check_places([place for _, place in named.values()], apart=True)
         mounted = [
             {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
             for uri, place in named.values()
         ]
         patch = self._with_volume(group)
         for path, container in containers(self.spec):
-            patch += _with_mount(path, container, *mounted)
+            patch += self._with_mount(path, container, *mounted)
         keys = tuple(sorted({cache.key for cache in found.values()}))
         patch += self._preferring(keys, group)
-        return self._mutation(patch, keys, f"mounted: {_list(found)} from the cache of {group}")
+        return self._mutation(
+            patch, keys, group, f"mounted: {few(found)} from the cache of {group}"
+        )
 
     # -- which cache, which group -----------------------------------------------------------------
 
@@ -299,7 +269,7 @@ class _Asked:
             known = [group for group in known if group == named]
         if not known:
             detail = f"not in the node group {named}" if named else "its node groups do not exist"
-            raise _Left(Why.NO_CACHE, detail)
+            raise _Left(Why.NO_SUCH_CACHE, detail)
         known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
         refusals = []
         for group in known:
@@ -316,10 +286,10 @@ class _Asked:
         if not nodes:
             return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
-            return _Left(Why.NO_AGENT, _list(silent))
+            return _Left(Why.NO_AGENT, few(silent))
         allowed = {node.name for node in self.world.nodes if allows(self.spec, node)}
         if not named and (not allowed or allowed - nodes):
-            return _Left(Why.OTHER_NODES, _list(sorted(allowed - nodes)) or "no node is known")
+            return _Left(Why.OTHER_NODES, few(sorted(allowed - nodes)) or "no node is known")
         return None
 
     # -- the patch --------------------------------------------------------------------------------
@@ -328,6 +298,29 @@ class _Asked:
         claim = {"claimName": claim_name(group), "readOnly": True}
         return append(
             self.spec, "/spec", "volumes", {"name": VOLUME, "persistentVolumeClaim": claim}
+        )
+
+    def _with_mount(
+        self, path: str, container: Json, *added: Json, made: Iterable[Json] = ()
+    ) -> list[Json]:
+        """Read-only, where nothing is in the way. A mount needs a directory to be on: the runtime
+        makes one in an emptyDir that may be written, and would fail in most other volumes, or
+        leave it there. `made` are mounts of a container that ran before, and made it."""
+        places = [(mount, mount.get("mountPath")) for mount in mounts(container)]
+        places += [(item, item.get("devicePath")) for item in container.get("volumeDevices") or ()]
+        scratch = {name_of(v) for v in self._volumes() if v.get("emptyDir") is not None}
+        known = {(name_of(mount), mount.get("mountPath"), mount.get("subPath")) for mount in made}
+        ours = tuple(_directory(mount["mountPath"]) for mount in added)
+        for other, place in places:
+            directory = _directory(place)
+            same = (name_of(other), other.get("mountPath"), other.get("subPath")) in known
+            room = name_of(other) in scratch and (same or not other.get("readOnly"))
+            if directory.startswith(ours) or (
+                not room and any(one.startswith(directory) for one in ours)
+            ):
+                raise _Left(Why.ODD, f"{name_of(container)} has something at {place}")
+        return append(
+            container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
         )
 
     def _preferring(self, keys: Sequence[CacheKey], group: str) -> list[Json]:
@@ -349,8 +342,12 @@ class _Asked:
             return [put("nodeAffinity" in affinity, path, {_PREFERRED: terms})]
         return append(node, "/spec/affinity/nodeAffinity", _PREFERRED, *terms)
 
-    def _mutation(self, patch: list[Json], keys: tuple[CacheKey, ...], note: str) -> Mutation:
+    def _mutation(
+        self, patch: list[Json], keys: tuple[CacheKey, ...], group: str, note: str
+    ) -> Mutation:
         written = {INJECTED: note, KEYS: ",".join(keys)}
+        if _bytes({**self.notes, **written}) > _MOST_ANNOTATIONS:
+            raise _Left(Why.ODD, "its annotations leave no room for ours")
         metadata = self.pod.get("metadata")
         if metadata is None:
             patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})
@@ -360,7 +357,7 @@ class _Asked:
             for name, value in written.items():
                 path = f"/metadata/annotations/{escaped(name)}"
                 patch.append(put(name in metadata["annotations"], path, value))
-        return Mutation(patch=tuple(patch), note=note, keys=keys)
+        return Mutation(patch=tuple(patch), note=note, keys=keys, group=group)
 
 
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -371,14 +368,23 @@ def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:
     words = [str(word) for word in arguments]
     pairs = list(zip(words[::2], words[1::2], strict=False))
     places = [place for _, place in pairs]
+    if len(places) > _MOST_MODELS:
+        raise _Left(Why.ODD, f"it has more than {_MOST_MODELS} models")
     if len(words) % 2 or not pairs or len({uri for uri, _ in pairs}) < len(pairs):
         raise _Left(Why.ODD, "the initializer's arguments are no pairs")
-    for place in places:
-        if not place.startswith("/"):
-            raise _Left(Why.ODD, f"{place} is no absolute path")
-        if any(other != place and _is_below(other, place) for other in places):
-            raise _Left(Why.ODD, f"{place} holds another destination")
+    _check_places(places)
     return pairs
+
+
+def _check_places(places: Sequence[str], *, apart: bool = False) -> None:
+    """Raise _Left where one is in another; with `apart`, also where two are the same."""
+    for place in places:
+        if not place.startswith("/") or _normal(place) == "/":
+            raise _Left(Why.ODD, f"{place} is no absolute path of a directory")
+    found = sorted(map(_directory, places if apart else set(places)))
+    for outer, inner in pairwise(found):  # what is below a path comes next to it
+        if inner.startswith(outer):
+            raise _Left(Why.ODD, f"{outer} holds another model")
 
 
 def _only(node: str) -> Json:
@@ -394,8 +400,13 @@ def _named(notes: Json) -> dict[str, tuple[str, str]]:
         name = note.removeprefix(f"{PREFIX}/source")
         if name != note and (not name or name.startswith(".")):
             place = str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")
-            found[name] = str(uri), posixpath.normpath(place)
+            found[name] = str(uri), _normal(place)
     return found
+
+
+def _normal(path: str) -> str:
+    """Without what makes two paths of one: POSIX lets two slashes at the beginning mean more."""
+    return re.sub("^//", "/", posixpath.normpath(path))
 
 
 def _wait_seconds(text: Any) -> int:
@@ -405,20 +416,15 @@ def _wait_seconds(text: Any) -> int:
         return _WAIT_SECONDS
 
 
-def _is_below(path: str, directory: str) -> bool:
-    """Or is that directory."""
-    return f"{posixpath.normpath(path)}/".startswith(f"{posixpath.normpath(directory)}/")
+def _directory(path: Any) -> str:
+    """To be compared with the beginning of another path."""
+    return f"{_normal(str(path)).rstrip('/')}/"
 
 
-def _with_mount(path: str, container: Json, *added: Json) -> list[Json]:
-    """Read-only, where nothing is mounted yet."""
-    taken = {posixpath.normpath(str(mount.get("mountPath"))) for mount in mounts(container)}
-    for mount in added:
-        if mount["mountPath"] in taken:
-            raise _Left(Why.ODD, f"{name_of(container)} has something at {mount['mountPath']}")
-    return append(
-        container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
-    )
+def _bytes(notes: Json) -> int:
+    """What annotations take, as the API server counts them."""
+    words = (word for note in notes.items() for word in map(str, note))
+    return sum(len(word.encode(errors="replace")) for word in words)
 
 
 def _value(variable: Json) -> str:
@@ -428,9 +434,3 @@ def _value(variable: Json) -> str:
 
 def _claim(volume: Json) -> Json:
     return volume.get("persistentVolumeClaim") or {}
-
-
-def _list(names: Iterable[str]) -> str:
-    """A few of them: it becomes an annotation, and a warning."""
-    found = list(names)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -7,28 +7,40 @@ in a log of a process that has gone. Nothing is changed and nothing refused for 
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from agent.hook.scheduling import extended
-from agent.hook.spec import Json, at, mounts
+from agent.hook.spec import Json, at, containers, cut, mounts, name_of
 from agent.hook.world import World
+from agent.kube.parse import size_of
 from agent.model import CacheKey, quantity
-from agent.quantities import parse_size
 
 _SERVER = re.compile(r"vllm|triton", re.IGNORECASE)
 _PARALLEL = re.compile(r"(?:--tensor-parallel-size|-tp)(?:[ =])(\d+)")
 _DEFAULT_BYTES = 2 * 1024**3
 """What KServe's ServingRuntimes give a predictor that asks for nothing."""
 
+MODELMESH = "modelmesh-service"
+"""A label of the pods that ModelMesh makes of a ServingRuntime."""
 
-def advise(pod: Json, world: World, keys: Iterable[CacheKey], group: str) -> tuple[str, ...]:
+_Model = tuple[str, CacheKey, str]
+"""How a model is called, its key, and a node group that has it."""
+
+_THE_MODEL = "the model"
+
+
+def advise(
+    pod: Json, world: World, *, keys: Iterable[CacheKey], group: str, namespace: str
+) -> tuple[str, ...]:
     """For a pod that is to use these models of this node group; `group` "" where none is known."""
     spec = pod.get("spec") or {}
     wanted = sorted(set(keys))
+    models = [(_THE_MODEL, key, group) for key in wanted]
+    if MODELMESH in at(pod, "metadata", "labels"):
+        models += _of_modelmesh(spec, world, namespace)
     return (
         *_without_resources(spec),
         *_without_shared_memory(spec),
-        *_too_small_a_directory(spec, world, wanted),
+        *_too_small_a_directory(spec, world, models),
         *_without_such_a_gpu(spec, world, group),
         *_without_room(world, wanted, group),
     )
@@ -37,14 +49,14 @@ def advise(pod: Json, world: World, keys: Iterable[CacheKey], group: str) -> tup
 def _without_resources(spec: Json) -> Iterator[str]:
     for container in _servers(spec):
         limits = at(container, "resources", "limits")
-        memory = _bytes(limits.get("memory"))
+        memory = size_of(limits.get("memory"))
         if extended({"containers": [container]}) or (memory or 0) > _DEFAULT_BYTES:
             continue
         has = f"{quantity(memory)} of memory" if memory else "no limits"
         yield (
-            f"container {container.get('name')} has {has} and no GPU, what KServe gives a predictor"
-            ' without resources: the vLLM backend then ends with "Stub process is not healthy"; set'
-            " resources.limits (nvidia.com/gpu, memory) of the predictor"
+            f"container {_short(container)} has {has} and no GPU, as where nothing is asked"
+            ' for: vLLM then ends with "Stub process is not healthy"; set resources.limits'
+            " (nvidia.com/gpu, memory) of the predictor"
         )
 
 
@@ -54,24 +66,51 @@ def _without_shared_memory(spec: Json) -> Iterator[str]:
         if "/dev/shm" in places or not _is_parallel(container):
             continue
         yield (
-            f"container {container.get('name')} has 64 MiB of /dev/shm, too little for tensor"
+            f"container {_short(container)} has 64 MiB of /dev/shm, too little for tensor"
             " parallelism (a bus error in NCCL); mount an emptyDir with medium: Memory there"
         )
 
 
-def _too_small_a_directory(spec: Json, world: World, keys: Iterable[CacheKey]) -> Iterator[str]:
-    """ModelMesh gives 1.5 times the memory of the runtime."""
-    largest = max((world.sizes.get(key, 0) for key in keys), default=0)
+def _too_small_a_directory(spec: Json, world: World, models: Iterable[_Model]) -> Iterator[str]:
+    """For ModelMesh it is 1.5 times the memory of the runtime, if nobody said otherwise."""
+    sizes = {model: world.sizes.get(model[1], 0) for model in models}
+    if not sizes:
+        return
+    name, _, group = largest = max(sizes, key=lambda model: (sizes[model], model))
     for volume in spec.get("volumes") or ():
         directory = volume.get("emptyDir") or {}
-        limit = _bytes(directory.get("sizeLimit"))
-        if limit is None or limit >= largest or directory.get("medium") == "Memory":
+        limit = size_of(directory.get("sizeLimit"))
+        if limit is None or limit >= sizes[largest] or directory.get("medium") == "Memory":
             continue
+        mend = "raise its sizeLimit"
+        if name != _THE_MODEL:
+            mend = (
+                f"mount the claim localmodel-{cut(group, 25)}: `localmodel show NAME -o json`"
+                " prints the storage stanza"
+            )
         yield (
-            f"the emptyDir {volume.get('name')} may hold {quantity(limit)}, and the model has"
-            f" {quantity(largest)}: downloaded into it, the pod would be evicted; raise its"
-            " sizeLimit"
+            f"emptyDir {cut(name_of(volume), 24)} may hold {quantity(limit)}, and {name} has"
+            f" {quantity(sizes[largest])}: the pod is evicted then; {mend}"
         )
+
+
+def _of_modelmesh(spec: Json, world: World, namespace: str) -> list[_Model]:
+    """Those that a ModelMesh runtime may be told to load, as its namespace may use them, if it does
+    not read them from the node's cache."""
+    claims = {
+        name_of(volume)
+        for volume in spec.get("volumes") or ()
+        if at(volume, "persistentVolumeClaim").get("claimName")
+        in {f"localmodel-{group}" for group in world.groups}
+    }
+    if any(name_of(mount) in claims for _, one in containers(spec) for mount in mounts(one)):
+        return []
+    return [
+        (f"the cached model {cut(cache.name, 30)}", cache.key, group)
+        for cache in world.caches
+        if cache.namespace in ("", namespace)
+        for group in cache.groups[:1]
+    ]
 
 
 def _without_such_a_gpu(spec: Json, world: World, group: str) -> Iterator[str]:
@@ -80,7 +119,10 @@ def _without_such_a_gpu(spec: Json, world: World, group: str) -> Iterator[str]:
     nodes = world.in_group(group)
     there = {name for node in world.nodes if node.name in nodes for name in node.extended}
     for name in sorted(extended(spec) - there) if nodes else ():
-        yield f"no node of the group {group} has any {name}, which the pod asks for"
+        yield (
+            f"no node of the group {cut(group, 60)} has any {cut(name, 80)}, which the pod asks"
+            " for; ask for what its nodes have, or name another group"
+        )
 
 
 def _without_room(world: World, keys: Iterable[CacheKey], group: str) -> Iterator[str]:
@@ -91,9 +133,9 @@ def _without_room(world: World, keys: Iterable[CacheKey], group: str) -> Iterato
         size = world.sizes.get(key, 0)
         if rooms and size > max(rooms):
             yield (
-                f"the model has {quantity(size)}, and no cache of the group {group} holds more than"
-                f" {quantity(max(rooms))}: it is downloaded by each pod; give the group a larger"
-                " disk or limit"
+                f"the model has {quantity(size)}, and no cache of the group {cut(group, 60)} holds"
+                f" more than {quantity(max(rooms))}: it is downloaded by each pod; give the group a"
+                " larger disk or limit"
             )
 
 
@@ -113,8 +155,5 @@ def _begun(container: Json) -> str:
     return " ".join(map(str, [*(container.get("command") or ()), *(container.get("args") or ())]))
 
 
-def _bytes(value: Any) -> int | None:
-    try:
-        return None if value is None else parse_size(str(value))
-    except ValueError:
-        return None
+def _short(named: Json) -> str:
+    return cut(name_of(named), 63)

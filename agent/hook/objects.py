@@ -11,10 +11,9 @@ from agent.hook.spec import Json, at
 from agent.hook.world import Cache, Group
 from agent.kube.credentials import storage_patterns
 from agent.kube.parse import node as parse_node
-from agent.kube.parse import want
+from agent.kube.parse import size_of, want
 from agent.model import CacheKey, cache_key
 from agent.phases import Phase
-from agent.quantities import parse_size
 from agent.status import KSERVE_STATUS
 
 _DOWNLOADED = KSERVE_STATUS[Phase.READY]
@@ -61,7 +60,7 @@ def cache(raw: Json) -> CacheObject:
         uri=str(spec.get("sourceModelUri") or ""),
         groups=tuple(map(str, spec.get("nodeGroups") or ())),
         annotations=dict(metadata.get("annotations") or {}),
-        size=_size(spec.get("modelSize")) or 0,
+        size=size_of(spec.get("modelSize")) or 0,
         deleting="deletionTimestamp" in metadata,
     )
 
@@ -100,7 +99,7 @@ def group(raw: Json) -> Group:
         selector=at(volume, "nodeAffinity").get("required"),
         volume=volume,
         claim=spec.get("persistentVolumeClaimSpec") or {},
-        limit=_size(spec.get("storageLimit")),
+        limit=size_of(spec.get("storageLimit")),
     )
 
 
@@ -139,7 +138,7 @@ def holding(raw: Json) -> Holding:
     return Holding(
         keys=frozenset(cache_key(u) for n, u in uris.items() if words.get(n) == _DOWNLOADED),
         sizes=sizes,
-        capacity=_size((found.status.get("disk") or {}).get("limit")),
+        capacity=size_of((found.status.get("disk") or {}).get("limit")),
     )
 
 
@@ -158,10 +157,3 @@ def heartbeat(raw: Json) -> Heartbeat:
 def is_named(raw: Json) -> bool:
     """Of an object of which only that it is there counts; not while it is going."""
     return "deletionTimestamp" not in at(raw, "metadata")
-
-
-def _size(value: Any) -> int | None:
-    try:
-        return parse_size(str(value)) or None
-    except ValueError:
-        return None

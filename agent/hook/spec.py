@@ -1,9 +1,12 @@
-"""Reading a pod's spec, in which anything may be absent."""
+"""Reading objects in which anything may be absent, and naming what is in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
+
+WARNING = 256
+"""Characters of a warning: the API server cuts what is longer, from the end, where the fix is."""
 
 
 def at(raw: Json, *names: str) -> Json:
@@ -28,3 +31,16 @@ def mounts(container: Json) -> Sequence[Json]:
 
 def name_of(item: Json) -> str:
     return str(item.get("name") or "")
+
+
+def few(names: Iterable[str]) -> str:
+    """Three of them, each cut to what a name needs: it becomes an annotation, or a warning."""
+    found = list(names)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(cut(name, 100) for name in found[:3]) + more
+
+
+def cut(text: str, most: int) -> str:
+    """On one line, and no longer than this."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= most else f"{line[: most - 3]}..."

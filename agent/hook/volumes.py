@@ -17,6 +17,7 @@ from typing import Any
 from agent.hook.spec import Json, at
 from agent.hook.world import Group
 from agent.kube.parse import ANNOTATIONS
+from agent.model import claim_name
 
 MANAGED = ("app.kubernetes.io/managed-by", "localmodel-agent")
 """The label of what is ours: only that is ever changed or deleted."""
@@ -162,10 +163,6 @@ _VOLUME = "/api/v1/persistentvolumes/"
 def _claim_path(namespace: str, name: str = "") -> str:
     path = f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"
     return f"{path}/{name}" if name else path
-
-
-def claim_name(group: str) -> str:
-    return f"localmodel-{group}"
 
 
 def volume_name(place: Place) -> str:

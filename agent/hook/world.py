@@ -31,8 +31,10 @@ class Cache:
         return self.uri.removesuffix("/")
 
     def rest(self, uri: str) -> str | None:
-        """What of this cache a URI names, "" for the whole; None if it names something else."""
-        return rest_of(uri, self.uri)
+        """What of this cache a URI names, "" for the whole; None if it names something else, or
+        what no model holds: a way out of it (`..`), which the API server takes in no `subPath`."""
+        rest = rest_of(uri, self.uri)
+        return None if rest and layout.unsafe(rest) else rest
 
     def part(self, uri: str) -> str | None:
         """Where that is in the volume of a node group."""

@@ -143,9 +143,9 @@ def cache(raw: Any) -> Cache:
             f"metadata.name {_shown(name)} is not a name (lower case letters, digits, - and .)"
         )
     spec = _mapping(raw, "spec")
-    uri = _uri(spec, "spec.sourceModelUri")
+    uri = source_uri(spec, "spec.sourceModelUri")
     asked = want(uri, name, _annotations(metadata))
-    return Cache(name=name, want=replace(asked, floor=_size(spec.get("modelSize")) or 0))
+    return Cache(name=name, want=replace(asked, floor=size_of(spec.get("modelSize")) or 0))
 
 
 def want(
@@ -208,7 +208,7 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
         model, namespace = _text(item, "modelName"), _text(item, "namespace")
         name = f"{namespace}/{model}" if namespace else model
         try:
-            uri = _uri(item, "sourceModelUri")
+            uri = source_uri(item, "sourceModelUri")
             if name in entries:
                 raise _invalid(f"there are two entries for {name}; only the first is served")
         except AgentError as error:
@@ -278,7 +278,7 @@ def group(raw: Mapping[str, Any]) -> Group:
     return Group(
         name=_text(metadata, "name"),
         path=_text(source, "path"),
-        limit=_size((raw.get("spec") or {}).get("storageLimit")),
+        limit=size_of((raw.get("spec") or {}).get("storageLimit")),
         file_policy=_file_policy(_annotations(metadata).get(f"{ANNOTATIONS}/file-policy")),
     )
 
@@ -421,6 +421,34 @@ def fingerprint(text: str | None) -> str | None:
     raise _invalid(f"the expected fingerprint {_shown(text)} is not sha256:<64 hex digits>")
 
 
+def source_uri(raw: Mapping[str, Any], field: str) -> str:
+    """Raises InvalidSpec naming the field."""
+    uri = raw.get("sourceModelUri")
+    if not isinstance(uri, str) or not uri or not uri.isprintable():
+        raise _invalid(f"{field} {_shown(uri)} is not a URI")
+    return uri
+
+
+def check_not_of_node(uri: str) -> None:
+    """Raise Unsupported for files of the node: a tenant who may create a cache could publish the
+    agent's own token, or another tenant's model."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme.lower() == "file":
+        raise AgentError(
+            Reason.UNSUPPORTED,
+            f"{uri} is a path, and in a cluster nobody's files are read from a node; use hf://",
+        )
+
+
+def size_of(value: Any) -> int | None:
+    """Bytes of a quantity; None for none, 0, or one that nobody can read: KServe itself reads
+    neither `modelSize` nor `storageLimit` (kserve.md 1), so a cache must not fail for them."""
+    try:
+        return parse_size(str(value)) or None
+    except ValueError:
+        return None
+
+
 def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name)
     if not isinstance(value, Mapping):
@@ -433,13 +461,6 @@ def _text(raw: Mapping[str, Any], name: str) -> str:
     if value is not None and not isinstance(value, str):
         raise _invalid(f"{name} is {_shown(value)}, not a text")
     return value or ""
-
-
-def _uri(raw: Mapping[str, Any], field: str) -> str:
-    uri = raw.get("sourceModelUri")
-    if not isinstance(uri, str) or not uri or not uri.isprintable():
-        raise _invalid(f"{field} {_shown(uri)} is not a URI")
-    return uri
 
 
 def _annotations(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -480,15 +501,6 @@ def _seconds(notes: Mapping[str, str], name: str) -> float | None:
         return parse_duration(notes[name])
     except ValueError as error:
         raise _invalid(f"the annotation {ANNOTATIONS}/{name}: {error}") from error
-
-
-def _size(value: Any) -> int | None:
-    """Bytes of a quantity; None for none, 0, or one that nobody can read: KServe itself reads
-    neither `modelSize` nor `storageLimit` (kserve.md 1), so a cache must not fail for them."""
-    try:
-        return parse_size(str(value)) or None
-    except ValueError:
-        return None
 
 
 def _integer(notes: Mapping[str, str], name: str) -> int:

@@ -90,4 +90,4 @@ def test_a_pod_that_kserve_made_starts_from_the_cache(
     made = until(changed, controller.log_text)
     assert made["metadata"]["annotations"]["localmodel-agent.io/keys"] == cache_key(URI)
     assert made["spec"]["volumes"][-1]["persistentVolumeClaim"]["claimName"] == "localmodel-gpu1"
-    assert controller.metrics()["localmodel_hook_pods_total wrapped"] >= 1
+    assert controller.metrics()["localmodel_hook_pods_total Patched"] >= 1

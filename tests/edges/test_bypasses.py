@@ -10,7 +10,8 @@ import pytest
 
 from agent import usage
 from agent.bypasses import Bypasses
-from agent.hook.admission import Mutation, mutate
+from agent.hook.admission import mutate
+from agent.hook.decisions import Mutation
 from agent.index import Index
 from agent.kube import parse
 from agent.kube.parse import Pod

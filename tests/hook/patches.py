@@ -23,3 +23,24 @@ def patched(document: Any, patch: Iterable[Mapping[str, Any]]) -> Any:
             assert (last in owner) == (step["op"] == "replace"), step
             owner[last] = value
     return result
+
+
+def changes(before: Any, after: Any, pointer: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every value that differs, by its JSON pointer: the old and the new one, None for none.
+
+    A list or an object that is new is looked into: what is in it is new, not the list.
+    """
+    if not isinstance(after, dict | list) or not isinstance(before, type(after) | None):
+        return {} if before == after else {pointer: (before, after)}
+    olds, news = _items(before), _items(after)
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in {**olds, **news}:
+        old, new = olds.get(name), news.get(name)
+        below = f"{pointer}/{str(name).replace('~', '~0').replace('/', '~1')}"
+        whole = isinstance(after, list) and name not in olds  # an item is added as a whole
+        found |= {below: (old, new)} if whole else changes(old, new, below)
+    return found
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    return dict(enumerate(value)) if isinstance(value, list) else dict(value or {})

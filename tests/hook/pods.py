@@ -78,3 +78,22 @@ def golden(case: str) -> dict[str, Any]:
 
 def cases() -> Iterator[str]:
     yield from _recorded()
+
+
+def plain(**notes: str) -> dict[str, Any]:
+    """A pod of a Deployment of vLLM, as its template makes it, with annotations of ours."""
+    named = {
+        f"localmodel-agent.io/{name.replace('_', '-')}": value for name, value in notes.items()
+    }
+    gpu = {"limits": {"nvidia.com/gpu": "1"}}
+    mount = {"name": "x", "mountPath": "/x"}
+    return {
+        "metadata": {"namespace": "team-a", "annotations": named},
+        "spec": {
+            "containers": [
+                {"name": "vllm", "image": "vllm/vllm-openai", "resources": gpu},
+                {"name": "sidecar", "image": "busybox", "volumeMounts": [mount]},
+            ],
+            "volumes": [{"name": "x", "emptyDir": {}}],
+        },
+    }

@@ -8,20 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.hook.admission import (
-    EXPLAINED,
-    MOUNT,
-    QUIET,
-    VOLUME,
-    Mutation,
-    Skip,
-    Why,
-    mutate,
-)
+from agent.hook.admission import MOUNT, VOLUME, mutate
+from agent.hook.decisions import EXPLAINED, QUIET, Mutation, Skip, Why
 from agent.hook.scheduling import Node
 from agent.hook.world import Cache, Group, World
 from agent.model import cache_key
-from tests.hook.patches import patched
+from tests.hook.generated import named_pods
+from tests.hook.patches import changes, patched
 from tests.hook.pods import (
     A100,
     BUCKET,
@@ -34,6 +27,7 @@ from tests.hook.pods import (
     cases,
     golden,
     node,
+    plain,
     selector,
 )
 
@@ -200,6 +194,7 @@ def test_a_cache_of_some_of_the_files_is_not_the_model() -> None:
         [LLAMA, "mnt/models"],
         [LLAMA, "/mnt", "s3://b/x", "/mnt/models"],
         [LLAMA, "/mnt/a", LLAMA, "/mnt/b"],
+        [word for n in range(101) for word in (f"hf://a/{n}", f"/mnt/{n}")],
     ],
 )
 def test_arguments_that_are_no_pairs_are_left_alone(arguments: list[str]) -> None:
@@ -229,6 +224,9 @@ def test_a_container_that_has_something_there_already_is_left_alone() -> None:
         ("s3://b/m", "s3://b/m2", None),
         ("s3://b/m", "s3://b", None),
         ("hf://o/m", "hf://o/m:rev", None),
+        ("s3://b/m", "s3://b/m/../x", None),
+        ("s3://b/m", "s3://b/m//x", None),
+        ("s3://b/m", "s3://b/m/x\n", None),
     ],
 )
 def test_what_a_cache_holds(cached: str, asked: str, rest: str | None) -> None:
@@ -267,7 +265,7 @@ def _without_gpu() -> dict[str, Any]:
         ({"live": frozenset({"a"})}, Why.NO_AGENT, "b"),
         ({"nodes": MIXED}, Why.OTHER_NODES, "h"),
         ({"nodes": ()}, Why.NO_AGENT, "no node of gpu1 is Ready"),
-        ({"groups": {}}, Why.NO_CACHE, "its node groups do not exist"),
+        ({"groups": {}}, Why.NO_SUCH_CACHE, "its node groups do not exist"),
     ],
 )
 def test_nothing_is_done_that_could_keep_it_from_a_node(
@@ -282,7 +280,7 @@ def test_a_pod_that_names_the_group_may_only_be_there() -> None:
     pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu1"
     helped(pod, world)
     pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu2"
-    assert left(pod, world) == Skip(why=Why.NO_CACHE, detail="not in the node group gpu2")
+    assert left(pod, world) == Skip(why=Why.NO_SUCH_CACHE, detail="not in the node group gpu2")
 
 
 def test_what_the_selector_allows_says_the_group() -> None:
@@ -353,6 +351,12 @@ def test_a_rewritten_pod_cannot_write() -> None:
     assert after["spec"] == before["spec"]
 
 
+def test_a_claim_that_says_it_may_be_written_is_told_otherwise() -> None:
+    pod = golden("cached-hf")
+    pod["spec"]["volumes"][1]["persistentVolumeClaim"]["readOnly"] = False
+    assert helped(pod)["spec"]["volumes"][1]["persistentVolumeClaim"]["readOnly"] is True
+
+
 def test_the_sub_path_of_a_trailing_slash_is_mended() -> None:
     """kserve.md 4.4: a cache of `.../m/`, a service of `.../m`."""
     pod = golden("subpath")
@@ -386,25 +390,8 @@ def test_a_rewritten_pod_that_does_not_name_its_model_is_left_alone() -> None:
 # --- by annotation ------------------------------------------------------------------------------
 
 
-def _plain(**notes: str) -> dict[str, Any]:
-    """A Deployment of vLLM, as its template makes it."""
-    named = {
-        f"localmodel-agent.io/{name.replace('_', '-')}": value for name, value in notes.items()
-    }
-    gpu = {"limits": {"nvidia.com/gpu": "1"}}
-    return {
-        "metadata": {"namespace": "team-a", "annotations": named},
-        "spec": {
-            "containers": [
-                {"name": "vllm", "image": "vllm/vllm-openai", "resources": gpu},
-                {"name": "sidecar", "volumeMounts": [{"name": "x", "mountPath": "/x"}]},
-            ]
-        },
-    }
-
-
 def test_a_plain_pod_gets_the_model_where_it_says() -> None:
-    after = helped(_plain(source=f"{BUCKET}/llama/7b", mount_path="/models/llama/"))
+    after = helped(plain(source=f"{BUCKET}/llama/7b", mount_path="/models/llama/"))
     mount = {
         "name": VOLUME,
         "mountPath": "/models/llama",
@@ -414,7 +401,19 @@ def test_a_plain_pod_gets_the_model_where_it_says() -> None:
     assert [container["volumeMounts"][-1] for container in after["spec"]["containers"]] == [
         mount
     ] * 2
-    assert after["spec"]["volumes"] == [{"name": VOLUME, "persistentVolumeClaim": CLAIM}]
+    assert after["spec"]["volumes"][1:] == [{"name": VOLUME, "persistentVolumeClaim": CLAIM}]
+
+
+@pytest.mark.parametrize("place", ["/..", "/", "models"])
+def test_a_place_that_is_no_place(place: str) -> None:
+    pod = plain(source=LLAMA, mount_path=place)
+    del pod["spec"]["containers"][1:]
+    assert left(pod).detail.endswith("is no absolute path of a directory")
+
+
+def test_two_slashes_are_one() -> None:
+    after = helped(plain(source=LLAMA, mount_path="//models//x"))
+    assert after["spec"]["containers"][0]["volumeMounts"][-1]["mountPath"] == "/models/x"
 
 
 def test_several_models_by_name() -> None:
@@ -423,7 +422,7 @@ def test_several_models_by_name() -> None:
         "source.draft": f"{BUCKET}/draft",
         "mount-path.draft": "/mnt/draft",
     }
-    after = helped(_plain(**notes))
+    after = helped(plain(**notes))
     mounts = after["spec"]["containers"][0]["volumeMounts"]
     assert [mount["mountPath"] for mount in mounts] == ["/mnt/models", "/mnt/draft"]
 
@@ -431,8 +430,8 @@ def test_several_models_by_name() -> None:
 @pytest.mark.parametrize(
     ("notes", "change", "why"),
     [
-        ({"source": "hf://nobody/asked"}, {}, Why.NO_CACHE),
-        ({"source": LLAMA, "source.x": "hf://nobody/asked"}, {}, Why.NO_CACHE),
+        ({"source": "hf://nobody/asked"}, {}, Why.NO_SUCH_CACHE),
+        ({"source": LLAMA, "source.x": "hf://nobody/asked"}, {}, Why.NO_SUCH_CACHE),
         ({"source": LLAMA}, {"inject": frozenset()}, Why.NO_CLAIM),
         ({"source": LLAMA, "mount-path": "/x"}, {}, Why.ODD),
         ({"source": LLAMA, "disable": "true"}, {}, Why.DISABLED),
@@ -440,7 +439,44 @@ def test_several_models_by_name() -> None:
     ],
 )
 def test_a_plain_pod_is_left_alone(notes: dict[str, str], change: Any, why: Why) -> None:
-    assert left(_plain(**notes), replace(WORLD, **change)).why is why
+    assert left(plain(**notes), replace(WORLD, **change)).why is why
+
+
+def test_a_pod_may_not_name_any_number_of_models() -> None:
+    notes = {f"source.{n}": LLAMA for n in range(101)}
+    assert left(plain(**notes)).detail == "it names more than 100 models"
+    pod = plain(**{f"mount-path.{n}": f"/{n}" for n in range(100)})
+    pod["metadata"]["annotations"] |= {f"localmodel-agent.io/source.{n}": LLAMA for n in range(100)}
+    helped(pod)
+    pod["spec"]["containers"] *= 6
+    assert left(pod).detail == "so many models in so many containers"
+
+
+def test_nobody_waits_for_a_pod_with_a_million_tolerations() -> None:
+    """Each is compared with each taint of each node."""
+    pod = golden("uncached-hf")
+    pod["spec"]["tolerations"] = [{"key": "a"}] * 500
+    helped(pod)
+    pod["spec"]["tolerations"] *= 4
+    assert left(pod).why is Why.ODD
+
+
+@pytest.mark.parametrize("name", list(named_pods()))
+def test_no_wish_leads_to_a_pod_that_could_not_start(name: str) -> None:
+    """tests/cluster asks the API server about the same ones; it does not know what can start."""
+    pod, expected = named_pods()[name]
+    if expected:
+        helped(pod)
+    else:
+        assert left(pod).why in (Why.ODD, Why.NO_CACHE, Why.NO_SUCH_CACHE)
+
+
+def test_a_directory_that_the_initializer_made_is_there_for_the_server() -> None:
+    """Recorded: the model's volume is at /mnt, writable only in the initializer."""
+    pod = golden("storage-uris-apart")
+    assert "kserve-container" in _seeing(helped(pod))
+    pod["spec"]["initContainers"][0]["volumeMounts"][-1]["readOnly"] = True
+    assert left(pod).why is Why.ODD
 
 
 # --- all others ---------------------------------------------------------------------------------
@@ -473,7 +509,14 @@ def test_any_part_of_a_pod_may_be_missing(data: st.DataObject) -> None:
 def test_every_reason_is_explained() -> None:
     assert set(EXPLAINED) == set(Why)
     assert set(Why) > QUIET
-    assert "localmodel-gpu1" in Skip(why=Why.NO_CLAIM, detail="localmodel-gpu1").message
+    said = Skip(why=Why.NO_CLAIM, detail="localmodel-gpu1").message
+    assert "localmodel-gpu1; label the namespace" in said
+    for why, explained in EXPLAINED.items():
+        long = Skip(why=why, detail="x\n" * 500).message
+        assert len(long) == 256
+        assert long.isprintable()
+        assert long.startswith(f"not from the node's cache: {explained.means}")
+        assert long.endswith(explained.advice)
 
 
 def _uri(case: str) -> str:
@@ -493,3 +536,11 @@ def _seeing(pod: dict[str, Any]) -> set[str]:
 def test_the_worlds_of_the_tests_are_what_they_say() -> None:
     assert WORLD.in_group("gpu1") == {"a", "b"}
     assert replace(WORLD, nodes=(*MIXED, node("x", "L4"))).in_group("gpu2") == {"h"}
+
+
+def test_what_counts_as_a_change() -> None:
+    assert changes({"a": [1], "b": None}, {"a": [1, {"c": 2}], "b": {"~/": 3}}) == {
+        "/a/1": (None, {"c": 2}),
+        "/b/~0~1": (None, 3),
+    }
+    assert changes({"a": 1, "b": {"c": 1}}, {"b": {}}) == {"/a": (1, None), "/b/c": (1, None)}

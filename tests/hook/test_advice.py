@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from agent.hook.advice import advise
-from agent.hook.world import Group
+from agent.hook.world import Group, World
 from agent.model import cache_key
-from tests.hook.pods import LLAMA, WORLD, cases, golden
+from tests.hook.pods import BUCKET, LLAMA, LLAMA_70B, QWEN, WORLD, cases, golden
 
 GIB = 1024**3
 KEY = cache_key(LLAMA)
@@ -20,8 +20,14 @@ def _pod(**container: Any) -> dict[str, Any]:
     return {"spec": {"containers": [server, {"name": "sidecar", "image": "busybox"}]}}
 
 
+def _advise(
+    pod: dict[str, Any], world: World = WORLD, *, group: str = "gpu1", namespace: str = "team-a"
+) -> tuple[str, ...]:
+    return advise(pod, world, keys=[KEY], group=group, namespace=namespace)
+
+
 def _said(pod: dict[str, Any], **world: Any) -> tuple[str, ...]:
-    return advise(pod, replace(WORLD, **world), [KEY], "gpu1")
+    return _advise(pod, replace(WORLD, **world))
 
 
 def test_a_good_pod_is_told_nothing() -> None:
@@ -90,9 +96,10 @@ def test_a_directory_that_is_smaller_than_the_model(
 
 def test_a_gpu_that_no_node_of_the_group_has() -> None:
     pod = _pod(resources={"limits": {"amd.com/gpu": 1, "memory": "48Gi"}})
-    assert _said(pod) == ("no node of the group gpu1 has any amd.com/gpu, which the pod asks for",)
+    (said,) = _said(pod)
+    assert said.startswith("no node of the group gpu1 has any amd.com/gpu, which the pod asks for;")
     assert _said(pod, nodes=()) == (), "who knows what an autoscaler will bring"
-    assert advise(pod, WORLD, [KEY], "") == ()
+    assert _advise(pod, group="") == ()
 
 
 def test_a_model_that_fits_nowhere() -> None:
@@ -104,8 +111,88 @@ def test_a_model_that_fits_nowhere() -> None:
     assert _said(_pod(), sizes=sizes) == ()
 
 
+def _modelmesh(*mounts: dict[str, str], claim: str = "") -> dict[str, Any]:
+    """A runtime of ModelMesh: a puller loads into what the server reads."""
+    models = {"name": "models-dir", "mountPath": "/models"}
+    volumes: list[Any] = [{"name": "models-dir", "emptyDir": {"sizeLimit": "1536Mi"}}]
+    if claim:
+        volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": claim}})
+    return {
+        "metadata": {"labels": {"modelmesh-service": "modelmesh-serving"}},
+        "spec": {
+            "containers": [
+                {"name": "mlserver", "volumeMounts": [models]},
+                {"name": "puller", "volumeMounts": [models, *mounts]},
+            ],
+            "volumes": volumes,
+        },
+    }
+
+
+def _of_modelmesh(pod: dict[str, Any], namespace: str = "team-a") -> tuple[str, ...]:
+    sizes = {
+        cache_key(LLAMA): 16 * GIB,
+        cache_key(LLAMA_70B): 140 * GIB,
+        cache_key(BUCKET): GIB,
+        cache_key(QWEN): 200 * GIB,
+    }
+    world = replace(WORLD, sizes=sizes)
+    return advise(pod, world, keys=(), group="", namespace=namespace)
+
+
+def test_modelmesh_is_told_of_the_largest_model_that_it_may_be_asked_for() -> None:
+    (said,) = _of_modelmesh(_modelmesh())
+    assert said == (
+        "emptyDir models-dir may hold 1.5Gi, and the cached model llama-3-3-70b has 140Gi:"
+        " the pod is evicted then; mount the claim localmodel-gpu1:"
+        " `localmodel show NAME -o json` prints the storage stanza"
+    )
+    (said,) = _of_modelmesh(_modelmesh(), namespace="team-b")
+    assert "qwen2-5-7b has 200Gi" in said, "its own namespace's counts, another's does not"
+
+
+def test_modelmesh_that_mounts_the_cache_is_told_nothing() -> None:
+    mount = {"name": "claim", "mountPath": "/cache"}
+    assert _of_modelmesh(_modelmesh(mount, claim="localmodel-gpu1")) == ()
+    assert _of_modelmesh(_modelmesh(mount, claim="localmodel-other")) != (), "not of ours"
+    assert _of_modelmesh(_modelmesh(claim="localmodel-gpu1")) != (), "named, and mounted nowhere"
+    small = _modelmesh()
+    small["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] = "150Gi"
+    assert _of_modelmesh(small) == ()
+    other = _modelmesh()
+    other["metadata"]["labels"] = {"app": "x"}
+    assert _of_modelmesh(other) == ()
+
+
+def test_every_warning_fits_with_its_fix() -> None:
+    """Names as long as they may be: kubectl shows 256 characters."""
+    name = "n" * 63
+    pod = _modelmesh()
+    server = pod["spec"]["containers"][0]
+    server |= {"name": name, "image": "vllm", "args": ["-tp=8"]}
+    server["resources"] = {"limits": {"memory": "1.5Gi"}}
+    pod["spec"]["containers"].append(
+        {"name": "x", "resources": {"limits": {f"{'e' * 253}/{name}": "1"}}}
+    )
+    pod["spec"]["volumes"][0]["name"] = name
+    group, cache = "g" * 253, "c" * 253
+    world = replace(
+        WORLD,
+        caches=(replace(WORLD.caches[0], name=cache, groups=(group,)),),
+        groups={group: Group(name=group, selector=None)},
+        sizes={KEY: 1023 * GIB},
+        capacity={"a": 1022 * GIB},
+    )
+    said = [*_advise(pod, world, group=group), *advise(
+        pod, world, keys=(), group="", namespace="team-a"
+    )]  # fmt: skip
+    fixes = ("of the predictor", "Memory there", "storage stanza", "sizeLimit", "group", "limit")
+    assert all(any(one.endswith(fix) for one in said) for fix in fixes)
+    assert [one for one in said if len(one) > 256] == []
+
+
 @pytest.mark.parametrize("case", list(cases()))
 def test_the_recorded_pods_are_told_little(case: str) -> None:
     """A warning that everybody gets is read by nobody."""
-    said = advise(golden(case), WORLD, [KEY], "gpu1")
+    said = _advise(golden(case))
     assert len(said) <= 1, said

@@ -12,7 +12,14 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _LONG_AGO = "1970-01-01T00:00:00Z"
 
 
-def pack(archive: Path, name: str, tree: Path, *, command: Sequence[str] = ()) -> None:
+def pack(
+    archive: Path,
+    name: str,
+    tree: Path,
+    *,
+    command: Sequence[str] = (),
+    entrypoint: Sequence[str] = (),
+) -> None:
     """Write `archive`; the same tree gives the same bytes, whenever and wherever it is packed."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as packed:
@@ -24,7 +31,11 @@ def pack(archive: Path, name: str, tree: Path, *, command: Sequence[str] = ()) -
         "architecture": _ARCHITECTURES.get(machine, machine),
         "os": "linux",
         "created": _LONG_AGO,
-        "config": {"Cmd": list(command), "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"]},
+        "config": {
+            "Entrypoint": list(entrypoint),
+            "Cmd": list(command),
+            "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"],
+        },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer_id}"]},
         "history": [{"created": _LONG_AGO, "created_by": "tests/node/archive.py"}],
     }

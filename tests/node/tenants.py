@@ -6,11 +6,14 @@ path it has a script that downloads from the hub by itself, as the real one woul
 """
 
 import shutil
+import time
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from agent.model import cache_key
 from tests.fakes.hub import Hub
 from tests.hook.pods import golden
 from tests.machine import until
@@ -52,9 +55,9 @@ def initializer_image() -> Path:
                 (programs / applet).symlink_to(busybox.name)
             script.write_text(_DOWNLOADS)
             script.chmod(0o755)
-            pack(archive, INITIALIZER, Path(directory), command=["sh"])
+            pack(archive, INITIALIZER, Path(directory), entrypoint=[f"/{ENTRYPOINT}"])
 
-    return made_once(CACHE / "initializer.tar", make)
+    return made_once(CACHE / f"initializer-{zlib.crc32(_DOWNLOADS.encode()):x}.tar", make)
 
 
 class Tenant:
@@ -81,6 +84,7 @@ class Tenant:
             return answer.status == 200 and answer.body["status"].get("phase") == "Bound"
 
         until(bound, lambda: self.node.plane.kubectl("get", "pv,pvc", "-A"), seconds=PATIENCE)
+        time.sleep(1)  # until both controllers have heard of it, too: a watch takes milliseconds
 
     def predictor(
         self,
@@ -113,8 +117,6 @@ class Tenant:
         notes |= {f"{kserve}/localmodel-sourceuri": uri, f"{kserve}/localmodel-pvc-name": claim}
         (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "kserve-pvc-source"]
         volume["persistentVolumeClaim"]["claimName"] = claim
-        from agent.model import cache_key
-
         for mount in pod["spec"]["containers"][0]["volumeMounts"]:
             if "subPath" in mount:
                 mount["subPath"] = mount["subPath"].replace(cache_key(old), cache_key(uri))

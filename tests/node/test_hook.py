@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,19 +20,22 @@ from tests.node.objects import PATIENCE, SLEEP, Pod, claim
 from tests.node.objects import volume as kserve_volume
 from tests.node.tenants import SERVER, Tenant, initializer_image, tree
 
-FILES = {
-    "config.json": b'{"model_type": "tiny"}\n',
-    "model.safetensors": random.Random(3).randbytes(2_000_000),
-    "sub/dir/tokenizer.json": b"{}\n",
-}
+NAMES = ("config.json", "model.safetensors", "sub/dir/tokenizer.json")
 
 
-def digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+def files(repo: str) -> dict[str, bytes]:
+    """Of each repository others: what the node has already is not downloaded again."""
+    weights = random.Random(repo).randbytes(2_000_000)
+    contents = (f'{{"name": "{repo}"}}\n'.encode(), weights, f'["{repo}"]\n'.encode())
+    return dict(zip(NAMES, contents, strict=True))
+
+
+def digests(repo: str) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files(repo).items()}
 
 
 def sent(hub: Hub, repo: str) -> int:
-    return sum(hub.bytes_sent(f"{repo}/{name}") for name in FILES)
+    return sum(hub.bytes_sent(f"{repo}/{name}") for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +76,16 @@ def test_a_predictor_starts_from_the_cache_and_asks_no_origin(
     serving: Agent, tenant: Tenant
 ) -> None:
     repo = "acme/served"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "served", repo)
     serving.want("served", repo)
     serving.wait_downloaded("served")
     before = sent(serving.hub, repo)
-    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
     notes = pod.get()["metadata"]["annotations"]
     assert notes["localmodel-agent.io/keys"] == cache_key(f"hf://{repo}"), _controllers(serving)
     pod.wait_running(SERVER)
-    assert tree(pod) == digests(FILES)
+    assert tree(pod) == digests(repo)
     assert "from this node's cache" in pod.log("storage-initializer")
     assert sent(serving.hub, repo) == before
 
@@ -91,24 +94,25 @@ def test_while_the_model_comes_the_pod_waits_and_says_how_far_it_is(
     serving: Agent, tenant: Tenant
 ) -> None:
     repo = "acme/coming"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=300_000))
     known(serving, "coming", repo)
     serving.want("coming", repo)
     until(lambda: serving.status().get("coming") == "ModelDownloading", serving.describe)
-    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
     pod.wait_running("storage-initializer")
     until(lambda: "waiting" in pod.log("storage-initializer"), pod.describe)
     serving.hub.clear_faults()
     pod.wait_running(SERVER)
-    assert tree(pod) == digests(FILES)
-    assert sent(serving.hub, repo) < 1.5 * sum(map(len, FILES.values())), "downloaded twice"
+    assert tree(pod) == digests(repo)
+    assert sent(serving.hub, repo) < 1.5 * sum(map(len, files(repo).values())), "downloaded twice"
 
 
-def downloaded_by_itself(pod: Pod, uri: str) -> None:
+def downloaded_by_itself(pod: Pod, repo: str) -> None:
     """It started as it would have without us."""
+    uri = f"hf://{repo}"
     pod.wait_running(SERVER)
-    assert tree(pod) == digests(FILES)
+    assert tree(pod) == digests(repo)
     log = pod.log("storage-initializer")
     assert f"runs the original entrypoint for: {uri}" in log
     assert f"downloaded {uri}" in log
@@ -116,7 +120,7 @@ def downloaded_by_itself(pod: Pod, uri: str) -> None:
 
 def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/too-large"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     group = f"/apis/serving.kserve.io/v1alpha1/localmodelnodegroups/{GROUP}"
     plane = serving.node.plane
     limit = plane.request("GET", group).ok()["spec"]["storageLimit"]
@@ -124,8 +128,8 @@ def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tena
     try:
         known(serving, "too-large", repo)
         serving.want("too-large", repo)
-        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
-        downloaded_by_itself(pod, f"hf://{repo}")
+        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
+        downloaded_by_itself(pod, repo)
         assert "the cache cannot bring it: InsufficientCapacity" in pod.log("storage-initializer")
     finally:
         plane.request("PATCH", group, {"spec": {"storageLimit": limit}}).ok()
@@ -134,19 +138,19 @@ def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tena
 
 def test_the_deadline_is_the_pods_own(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/too-slow"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "too-slow", repo)
     serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=50_000))
     serving.want("too-slow", repo)
     try:
         until(lambda: serving.status().get("too-slow") == "ModelDownloading", serving.describe)
         wait = {"localmodel-agent.io/wait": "4s"}
-        pod = tenant.predictor("p", f"hf://{repo}", FILES, annotations=wait)
+        pod = tenant.predictor("p", f"hf://{repo}", NAMES, annotations=wait)
         made = tenant.create(pod)
         made.wait_running("storage-initializer")
         until(lambda: "waited long enough" in made.log("storage-initializer"), made.describe)
         serving.hub.clear_faults()
-        downloaded_by_itself(made, f"hf://{repo}")
+        downloaded_by_itself(made, repo)
     finally:
         serving.hub.clear_faults()
         serving.forget("too-slow")
@@ -154,7 +158,7 @@ def test_the_deadline_is_the_pods_own(serving: Agent, tenant: Tenant) -> None:
 
 def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/abandoned"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "abandoned", repo)
     serving.hub.fault(f"{repo}/model.safetensors", Slow(bytes_per_second=10_000))
     serving.want("abandoned", repo)
@@ -162,13 +166,13 @@ def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Te
     try:
         until(lambda: serving.status().get("abandoned") == "ModelDownloading", serving.describe)
         agent.suspend()  # to its pod, as good as dead; and kubelet does not start it again yet
-        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES))
+        pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
         pod.wait_running("storage-initializer")
         until(lambda: "waiting" in pod.log("storage-initializer"), pod.describe)
         serving.hub.clear_faults()
         silent = "the agent of this node is silent"
         until(lambda: silent in pod.log("storage-initializer"), pod.describe, seconds=90)
-        downloaded_by_itself(pod, f"hf://{repo}")
+        downloaded_by_itself(pod, repo)
     finally:
         agent.resume()
         serving.hub.clear_faults()
@@ -178,11 +182,11 @@ def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Te
 def test_what_the_original_began_the_original_ends(serving: Agent, tenant: Tenant) -> None:
     """A pod that was there before the hook, say, and whose sandbox is made again."""
     repo = "acme/half-done"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "half-done", repo)
     serving.want("half-done", repo)
     serving.wait_downloaded("half-done")
-    pod = tenant.predictor("p", f"hf://{repo}", FILES)
+    pod = tenant.predictor("p", f"hf://{repo}", NAMES)
     (initializer,) = pod["spec"]["initContainers"]
     (volume,) = [mount for mount in initializer["volumeMounts"] if "models" in mount["mountPath"]]
     half = {
@@ -190,17 +194,17 @@ def test_what_the_original_began_the_original_ends(serving: Agent, tenant: Tenan
         "command": ["sh", "-c", "printf half >/mnt/models/config.json"],
     }
     pod["spec"]["initContainers"].insert(0, half)
-    downloaded_by_itself(tenant.create(pod), f"hf://{repo}")
+    downloaded_by_itself(tenant.create(pod), repo)
 
 
 def test_run_again_it_links_again(serving: Agent, tenant: Tenant) -> None:
     """Kubelet runs init containers again when the pod's sandbox is made again."""
     repo = "acme/twice"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "twice", repo)
     serving.want("twice", repo)
     serving.wait_downloaded("twice")
-    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", FILES)).wait_running(SERVER)
+    pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES)).wait_running(SERVER)
     before = sent(serving.hub, repo)
     first = pod.container("storage-initializer")["containerID"]
     serving.node.kill_sandbox(pod.namespace, pod.name)
@@ -210,7 +214,7 @@ def test_run_again_it_links_again(serving: Agent, tenant: Tenant) -> None:
         seconds=PATIENCE,
     )
     until(lambda: "running" in pod.container(SERVER).get("state", {}), pod.describe)
-    assert tree(pod) == digests(FILES)
+    assert tree(pod) == digests(repo)
     assert "from this node's cache" in pod.log("storage-initializer")
     assert sent(serving.hub, repo) == before
 
@@ -222,7 +226,7 @@ def test_a_pod_that_kserve_rewrote_starts_when_its_model_is_there(
     directory in the cache, and the server starts on that (test_kubelet_facts)."""
     repo = "acme/rewritten"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "rewritten", repo)
     claim_of_kserve(tenant, "rewritten-gpu")
     pod = tenant.create(tenant.rewritten("p", uri, "rewritten-gpu"))
@@ -231,7 +235,7 @@ def test_a_pod_that_kserve_rewrote_starts_when_its_model_is_there(
     assert not model.exists()
     serving.want("rewritten", repo)
     pod.wait_running(SERVER)
-    assert tree(pod) == digests(FILES)
+    assert tree(pod) == digests(repo)
     (volume,) = [v for v in pod.get()["spec"]["volumes"] if v["name"] == "kserve-pvc-source"]
     assert volume["persistentVolumeClaim"] == {"claimName": "rewritten-gpu", "readOnly": True}
 
@@ -243,7 +247,7 @@ def test_no_pod_changes_the_cache_whatever_it_asks_of_its_volumes(
     be shown, but that the fields are taken.)"""
     repo = "acme/untouched"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "untouched", repo)
     serving.want("untouched", repo)
     serving.wait_downloaded("untouched")
@@ -254,12 +258,12 @@ def test_no_pod_changes_the_cache_whatever_it_asks_of_its_volumes(
         "seLinuxOptions": {"level": "s0:c26,c10"},
     }
     for name, pod in (
-        ("wrapped", tenant.predictor("wrapped", uri, FILES)),
+        ("wrapped", tenant.predictor("wrapped", uri, NAMES)),
         ("rewritten", tenant.rewritten("rewritten", uri, "untouched-gpu")),
     ):
         pod["spec"]["securityContext"] = security
         made = tenant.create(pod).wait_running(SERVER)
-        assert tree(made) == digests(FILES)
+        assert tree(made) == digests(repo)
         place = "/mnt/localmodel/models" if name == "wrapped" else "/mnt/models"
         script = f"touch {place}/new || echo refused; chmod 777 {place}/* || echo refused"
         said = made.run("sh", "-c", script, container=SERVER)
@@ -272,7 +276,7 @@ def test_two_teams_under_the_restricted_standard_read_one_model(
 ) -> None:
     repo = "acme/shared"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "shared", repo)
     serving.want("shared", repo)
     serving.wait_downloaded("shared")
@@ -281,7 +285,7 @@ def test_two_teams_under_the_restricted_standard_read_one_model(
         name = f"restricted-{number}"
         with closing(Tenant(serving.node, serving.hub, name, restricted=True)) as team:
             team.wait_claim()
-            pod = team.predictor("p", uri, FILES)
+            pod = team.predictor("p", uri, NAMES)
             pod["spec"]["securityContext"] |= {
                 "runAsNonRoot": True,
                 "seccompProfile": {"type": "RuntimeDefault"},
@@ -292,23 +296,23 @@ def test_two_teams_under_the_restricted_standard_read_one_model(
                     "capabilities": {"drop": ["ALL"]},
                 }
             made = team.create(pod).wait_running(SERVER)
-            assert tree(made) == digests(FILES)
+            assert tree(made) == digests(repo)
     assert sent(serving.hub, repo) == before
 
 
 def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/kept"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "kept", repo)
     model = serving.want("kept", repo)
     serving.wait_downloaded("kept")
-    pod = tenant.create(tenant.predictor("p", uri, FILES)).wait_running(SERVER)
+    pod = tenant.create(tenant.predictor("p", uri, NAMES)).wait_running(SERVER)
     serving.forget("kept")
     until(lambda: "kept" not in serving.status(), serving.describe)
-    refused = serving.verb("evict", uri)
-    assert f"pod {tenant.name}/p" in refused, refused
-    assert tree(pod) == digests(FILES)
+    assert "it is in use" in serving.verb("evict", uri)
+    assert f"pod {tenant.name}/p" in serving.verb("why", uri)
+    assert tree(pod) == digests(repo)
     tenant.remove(pod)
     until(lambda: not model.exists(), serving.describe, seconds=PATIENCE)
 
@@ -316,7 +320,7 @@ def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None
 def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/plain"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "plain", repo)
     labels = {"app": "vllm"}
     server = {
@@ -344,27 +348,27 @@ def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> N
     until(lambda: pod.waits_for(SERVER) == "CreateContainerConfigError", pod.describe, seconds=60)
     serving.want("plain", repo)
     pod.wait_running(SERVER)
-    assert tree(pod) == digests(FILES)
+    assert tree(pod) == digests(repo)
 
 
 def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/alone"
     uri = f"hf://{repo}"
-    serving.hub.add(repo, FILES)
+    serving.hub.add(repo, files(repo))
     known(serving, "alone", repo)
     serving.want("alone", repo)
     serving.wait_downloaded("alone")
     scale(serving, 0)
     try:
-        pod = tenant.predictor("p", uri, FILES)
+        pod = tenant.predictor("p", uri, NAMES)
         made = tenant.create(pod)
         assert "localmodel-agent.io/injected" not in made.get()["metadata"]["annotations"]
         made.wait_running(SERVER)
-        assert tree(made) == digests(FILES)
+        assert tree(made) == digests(repo)
         assert made.log("storage-initializer").split() == ["downloaded", uri]
     finally:
         scale(serving, 2)
-    again = tenant.create(tenant.predictor("again", uri, FILES))
+    again = tenant.create(tenant.predictor("again", uri, NAMES))
     assert "localmodel-agent.io/injected" in again.get()["metadata"]["annotations"]
 
 
@@ -375,8 +379,9 @@ def scale(serving: Agent, replicas: int) -> None:
 
     def done() -> bool:
         status = plane.get("deployment", CONTROLLER, "-n", NAMESPACE)["status"]
-        ready = int(status.get("readyReplicas", 0))
-        return ready == replicas == len(serving.pods(CONTROLLER))
+        label = f"app.kubernetes.io/name={CONTROLLER}"
+        pods = plane.get("pods", "-n", NAMESPACE, "-l", label)["items"]  # and those that end
+        return int(status.get("readyReplicas", 0)) == replicas == len(pods)
 
     until(done, lambda: _controllers(serving), seconds=PATIENCE)
 
