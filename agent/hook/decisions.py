@@ -70,7 +70,9 @@ EXPLAINED: Mapping[Why, Explained] = {
         "it downloads other files of the model than the cache holds",
         "remove the patterns on both sides",
     ),
-    Why.CONFIDENTIAL: Explained("its model is decrypted by the initializer"),
+    Why.CONFIDENTIAL: Explained(
+        "its model is decrypted by the initializer", "nothing: it is downloaded as before"
+    ),
     Why.ODD: Explained("its shape is not one that the hook knows", "mend what is named"),
 }
 

@@ -65,7 +65,10 @@ class Agent:
         self._ask()
 
     def _ask(self) -> None:
-        models = [{"modelName": name, "sourceModelUri": uri} for name, uri in self._wanted.items()]
+        models = [
+            {"modelName": name, "sourceModelUri": uri, "nodeGroup": GROUP}
+            for name, uri in self._wanted.items()
+        ]
         self.node.plane.apply(
             {
                 "apiVersion": "serving.kserve.io/v1alpha1",

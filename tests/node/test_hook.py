@@ -164,7 +164,8 @@ def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Te
     serving.want("abandoned", repo)
     agent = serving.process()
     try:
-        until(lambda: serving.status().get("abandoned") == "ModelDownloading", serving.describe)
+        progress = on_host("/models") / layout.progress(cache_key(f"hf://{repo}"))
+        until(progress.exists, serving.describe)
         agent.suspend()  # to its pod, as good as dead; and kubelet does not start it again yet
         pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
         pod.wait_running("storage-initializer")
