@@ -64,7 +64,7 @@ EXPLAINED: Mapping[Why, Explained] = {
     ),
     Why.UNKNOWN_IMAGE: Explained(
         "the entrypoint of its initializer's image is not known",
-        "set the container's command, or name the image in the controller's settings",
+        "set the container's command, or name the image in the controller's --entrypoints",
     ),
     Why.PATTERNS: Explained(
         "it downloads other files of the model than the cache holds",
