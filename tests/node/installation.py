@@ -82,8 +82,24 @@ class Agent:
         found = self.node.plane.get("localmodelnode", NAME)
         return dict(found.get("status", {}).get("modelStatus", {}))
 
-    def wait_downloaded(self, name: str) -> None:
-        until(lambda: self.status().get(name) == "ModelDownloaded", self.describe, seconds=PATIENCE)
+    def wait_downloaded(self, name: str, *, seconds: float = PATIENCE) -> None:
+        until(lambda: self.status().get(name) == "ModelDownloaded", self.describe, seconds=seconds)
+
+    def wait_controllers(self) -> None:
+        """Until both are ready."""
+
+        def ready() -> bool:
+            found = self.node.plane.get("deployment", CONTROLLER, "-n", NAMESPACE)
+            return bool(found["status"].get("readyReplicas") == 2)
+
+        until(ready, self.describe_controllers, seconds=PATIENCE)
+
+    def describe_controllers(self) -> str:
+        plane = self.node.plane
+        parts = [plane.kubectl("get", "pods,events", "-n", NAMESPACE)]
+        for pod in self.pods(CONTROLLER):
+            parts.append(plane.kubectl("logs", pod["metadata"]["name"], "-n", NAMESPACE))
+        return "\n".join(parts)
 
     def verb(self, *arguments: str) -> str:
         """What a verb in the agent's pod prints, whether it is so or not."""

@@ -16,9 +16,8 @@ from tests.fakes.hub import Hub, Slow
 from tests.machine import until
 from tests.node.installation import CONTROLLER, GROUP, Agent
 from tests.node.node import BUSYBOX, on_host
-from tests.node.objects import PATIENCE, SLEEP, Pod, claim
-from tests.node.objects import volume as kserve_volume
-from tests.node.tenants import SERVER, Tenant, initializer_image, tree
+from tests.node.objects import PATIENCE, SLEEP, Pod
+from tests.node.tenants import SERVER, Tenant, claim_of_kserve, initializer_image, tree
 
 NAMES = ("config.json", "model.safetensors", "sub/dir/tokenizer.json")
 
@@ -43,20 +42,8 @@ def serving(agent: Agent) -> Agent:
     """With both controllers ready, and an initializer to wrap."""
     agent.node.load(initializer_image())
 
-    def ready() -> bool:
-        found = agent.node.plane.get("deployment", CONTROLLER, "-n", NAMESPACE)
-        return bool(found["status"].get("readyReplicas") == 2)
-
-    until(ready, lambda: _controllers(agent), seconds=PATIENCE)
+    agent.wait_controllers()
     return agent
-
-
-def _controllers(agent: Agent) -> str:
-    plane = agent.node.plane
-    parts = [plane.kubectl("get", "pods,events", "-n", NAMESPACE)]
-    for pod in agent.pods(CONTROLLER):
-        parts.append(plane.kubectl("logs", pod["metadata"]["name"], "-n", NAMESPACE))
-    return "\n".join(parts)
 
 
 @pytest.fixture
@@ -83,7 +70,9 @@ def test_a_predictor_starts_from_the_cache_and_asks_no_origin(
     before = sent(serving.hub, repo)
     pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
     notes = pod.get()["metadata"]["annotations"]
-    assert notes["localmodel-agent.io/keys"] == cache_key(f"hf://{repo}"), _controllers(serving)
+    assert notes["localmodel-agent.io/keys"] == cache_key(f"hf://{repo}"), (
+        serving.describe_controllers()
+    )
     pod.wait_running(SERVER)
     assert tree(pod) == digests(repo)
     assert "from this node's cache" in pod.log("storage-initializer")
@@ -384,19 +373,7 @@ def scale(serving: Agent, replicas: int) -> None:
         pods = plane.get("pods", "-n", NAMESPACE, "-l", label)["items"]  # and those that end
         return int(status.get("readyReplicas", 0)) == replicas == len(pods)
 
-    until(done, lambda: _controllers(serving), seconds=PATIENCE)
-
-
-def claim_of_kserve(tenant: Tenant, name: str) -> None:
-    """The volume and claim that KServe's controller makes for an InferenceService."""
-    volume = kserve_volume(f"{name}-{tenant.name}", Path("/models"))
-    wanted = claim(name)
-    wanted["metadata"]["namespace"] = tenant.name
-    wanted["spec"]["volumeName"] = volume["metadata"]["name"]
-    plane = tenant.node.plane
-    plane.apply(volume, wanted)
-    path = f"/api/v1/namespaces/{tenant.name}/persistentvolumeclaims/{name}"
-    until(lambda: plane.request("GET", path).ok()["status"].get("phase") == "Bound", "not bound")
+    until(done, serving.describe_controllers, seconds=PATIENCE)
 
 
 def modes(root: Path) -> dict[str, tuple[int, int, int]]:
