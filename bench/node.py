@@ -1,8 +1,9 @@
 """From the creation of a pod to the first byte of its model read, on a real node (tests/node).
 
-Five pods in turn: two without a model, of which one has an initializer, one that reads the cache through the wrapped initializer,
-one that KServe rewrote onto its claim, and one whose initializer downloads the model, from a hub on
-the same machine. The end is when containerd reads the line that the server prints after that byte.
+Five pods in turn: two without a model, of which one has an initializer; one that reads the cache
+through the wrapped initializer; one that KServe rewrote onto its claim; and one whose initializer
+downloads the model, from a hub on the same machine. The end is when containerd reads the line that
+the server prints after that byte.
 """
 
 import random

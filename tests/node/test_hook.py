@@ -119,7 +119,7 @@ def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tena
         serving.want("too-large", repo)
         pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
         downloaded_by_itself(pod, repo)
-        assert "the cache cannot bring it: InsufficientCapacity" in pod.log("storage-initializer")
+        assert "the cache cannot bring it: LargerThanVolume" in pod.log("storage-initializer")
     finally:
         plane.request("PATCH", group, {"spec": {"storageLimit": limit}}).ok()
         serving.forget("too-large")
