@@ -1,6 +1,7 @@
 """What we ship, installed on the real node as the README says, and what is to be seen of it."""
 
 import os
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,15 @@ class Agent:
             )
         except KubectlError as error:
             return str(error)
+
+    def metric(self, name: str) -> float:
+        """Of the agent, by the address that Prometheus would ask."""
+        address = self.wait_ready()["status"]["podIP"]
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{address}:9810/metrics", timeout=10) as page:
+            text = page.read().decode()
+        (line,) = [line for line in text.splitlines() if line.split(" ")[0] == name]
+        return float(line.split()[1])
 
     def process(self) -> psutil.Process:
         """The agent's, as the host sees it."""

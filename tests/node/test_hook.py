@@ -307,6 +307,20 @@ def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None
     until(lambda: not model.exists(), serving.describe, seconds=PATIENCE)
 
 
+def test_a_pod_makes_an_on_demand_model_come(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/on-demand"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, files(repo))
+    serving.node.plane.apply(cache("on-demand", uri, [GROUP], policy="on-demand"))
+    model = serving.want("on-demand", repo)
+    until(lambda: serving.status().get("on-demand") == "ModelDownloadPending", serving.describe)
+    pod = tenant.create(tenant.predictor("p", uri, NAMES)).wait_running(SERVER)
+    assert tree(pod) == digests(repo)
+    assert "from this node's cache" in pod.log("storage-initializer")
+    assert sent(serving.hub, repo) == sum(map(len, files(repo).values()))
+    assert model.is_dir()
+
+
 def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/plain"
     uri = f"hf://{repo}"
@@ -356,6 +370,9 @@ def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tena
         made.wait_running(SERVER)
         assert tree(made) == digests(repo)
         assert made.log("storage-initializer").split() == ["downloaded", uri]
+        (told,) = until(lambda: made.events("CacheBypassed"), serving.describe)
+        assert f"downloads {uri} itself, though this node has it" in told
+        assert serving.metric("localmodel_pods_bypassed_total") >= 1
     finally:
         scale(serving, 2)
     again = tenant.create(tenant.predictor("again", uri, NAMES))
