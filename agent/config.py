@@ -209,8 +209,19 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
+_KSERVE_ENTRYPOINT = ("/storage-initializer/scripts/initializer-entrypoint",)
+_KNOWN_ENTRYPOINTS: Mapping[str, tuple[str, ...]] = {
+    "storage-initializer": _KSERVE_ENTRYPOINT,
+    # Open Data Hub's and OpenShift AI's builds of the same, on UBI
+    "kserve-storage-initializer": _KSERVE_ENTRYPOINT,
+    "odh-kserve-storage-initializer-rhel8": _KSERVE_ENTRYPOINT,
+    "odh-kserve-storage-initializer-rhel9": _KSERVE_ENTRYPOINT,
+}
+
+
 def _entrypoints(text: str) -> Mapping[str, tuple[str, ...]]:
-    found = {}
+    """Those that are known, and these."""
+    found = dict(_KNOWN_ENTRYPOINTS)
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, command = part.partition("=")
         words = tuple(shlex.split(command))
@@ -256,12 +267,11 @@ class ControllerSettings:
         "where KServe has its ConfigMap inferenceservice-config", default="kserve"
     )
     entrypoints: Mapping[str, tuple[str, ...]] = _setting(
-        "what the images of storage initializers run, as NAME=COMMAND by the last part of the"
-        " image's name, separated by commas; a pod whose image is not among them is left alone",
+        "what more images of storage initializers run, as NAME=COMMAND by the last part of the"
+        " image's name, separated by commas; those of KServe and Open Data Hub are known, and a pod"
+        " with any other image is left alone",
         parse=_entrypoints,
-        default_factory=lambda: _entrypoints(
-            "storage-initializer=/storage-initializer/scripts/initializer-entrypoint"
-        ),
+        default_factory=lambda: _KNOWN_ENTRYPOINTS,
     )
     drain_seconds: float = _setting(
         "how long the hook goes on answering after SIGTERM, while the API servers hear of it",

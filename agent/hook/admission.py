@@ -156,13 +156,14 @@ class _Asked:
         )
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
-        if initializer.get("command"):
-            return [str(word) for word in initializer["command"]]
+        """Of an image that nobody knows it is not known either whether it has a shell to run the
+        wrapper: its command may be all that is in it."""
         image = str(initializer.get("image") or "")
         name = image.partition("@")[0].rpartition("/")[2].partition(":")[0]
         if name not in self.world.entrypoints:
             raise _Left(Why.UNKNOWN_IMAGE, image)
-        return self.world.entrypoints[name]
+        command = initializer.get("command")
+        return [str(word) for word in command] if command else self.world.entrypoints[name]
 
     def _check_patterns(self, variables: Mapping[str, str], caches: Iterable[Cache]) -> None:
         """Of a container that chooses files nobody can say here whether they are the same."""

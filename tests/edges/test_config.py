@@ -1,5 +1,6 @@
 """Settings: where each comes from, and what each refuses, by the name the user gave it."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Settings, listen_address, read, unify_ca_variables
+from agent.config import ControllerSettings, Settings, listen_address, read, unify_ca_variables
 from agent.errors import AgentError, Reason
 from agent.quantities import parse_size
 
@@ -119,3 +120,30 @@ def test_one_bundle_of_certificates_for_every_library() -> None:
 def test_every_setting_says_what_it_is() -> None:
     for setting in Settings.__dataclass_fields__.values():
         assert setting.metadata["help"]
+
+
+def test_a_controller_knows_kserves_images_and_is_told_of_others() -> None:
+    found = read(
+        {"mode": "kserve", "entrypoints": "mine=/bin/own --x, b=/b"}, {}, ControllerSettings
+    )
+    assert found.entrypoints["mine"] == ("/bin/own", "--x")
+    assert found.entrypoints["b"] == ("/b",)
+    for image in ("storage-initializer", "odh-kserve-storage-initializer-rhel9"):
+        (command,) = found.entrypoints[image]
+        assert command == "/storage-initializer/scripts/initializer-entrypoint"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({}, "--mode is missing"),
+        ({"mode": "both"}, "'both' is not kserve or standalone"),
+        ({"mode": "kserve", "listen": "443"}, "must be host:port"),
+        ({"mode": "kserve", "entrypoints": "a/b=/x"}, "is not NAME=/path"),
+        ({"mode": "kserve", "entrypoints": "a=x"}, "is not NAME=/path"),
+        ({"mode": "kserve", "drain_seconds": "3600"}, "from 0 to 60"),
+    ],
+)
+def test_what_a_controller_cannot_be(flags: dict[str, str], told: str) -> None:
+    with pytest.raises(AgentError, match=re.escape(told)):
+        read(flags, {}, ControllerSettings)

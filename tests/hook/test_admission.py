@@ -138,9 +138,11 @@ def test_a_pod_of_an_llm_inference_service() -> None:
 def test_a_command_of_its_own_is_the_original() -> None:
     pod = golden("uncached-hf")
     initializer = pod["spec"]["initContainers"][0]
-    initializer |= {"image": "quay.io/odd/image@sha256:0", "command": ["/bin/odd one", "--x"]}
+    initializer["command"] = ["/bin/odd one", "--x"]
     script = helped(pod)["spec"]["initContainers"][0]["command"][2]
     assert "exec '/bin/odd one' --x " in script
+    initializer["image"] = "quay.io/odd/image@sha256:0"  # which may have no shell
+    assert left(pod).why is Why.UNKNOWN_IMAGE
 
 
 @pytest.mark.parametrize(
