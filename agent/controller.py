@@ -42,21 +42,27 @@ NAME = "localmodel-controller"
 """Of its Deployment, and of its Lease."""
 
 SERVICE = "localmodel-hook"
+LOOK_SECONDS = 60.0
+"""How often the leader looks at what no watch tells: who still mounts a claim that is to go, and
+whom the webhook configurations trust."""
+
 _TURN_SECONDS = 5.0
 
 
-async def run_controller(settings: ControllerSettings) -> None:
+async def run_controller(
+    settings: ControllerSettings, *, look_seconds: float = LOOK_SECONDS
+) -> None:
     """Run until SIGTERM or SIGINT."""
-    await until_told(_serve(settings), said="")
+    await until_told(_serve(settings, look_seconds), said="")
 
 
-async def _serve(settings: ControllerSettings) -> None:
+async def _serve(settings: ControllerSettings, look_seconds: float) -> None:
     metrics = HookMetrics()
     api = Api(os.environ, user_agent=USER_AGENT)
     await api.open()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(api.close)
-        controller = Controller(api, settings, metrics)
+        controller = Controller(api, settings, metrics, look_seconds=look_seconds)
         host, port = listen_address(settings.health_listen)
         health = health_app(controller, metrics)
         bound = await stack.enter_async_context(serve_tcp(health, host, port))
@@ -87,7 +93,14 @@ async def _serve(settings: ControllerSettings) -> None:
 class Controller:
     """One replica."""
 
-    def __init__(self, api: Api, settings: ControllerSettings, metrics: HookMetrics) -> None:
+    def __init__(
+        self,
+        api: Api,
+        settings: ControllerSettings,
+        metrics: HookMetrics,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
         self._api = api
         self._settings = settings
         self._metrics = metrics
@@ -117,7 +130,14 @@ class Controller:
             changed=self._changed,
             what="the controllers, and keeps their claims and certificates",
         )
-        self._keeper = Keeper(api, self._watched, self._recorder, metrics, leads=self.leads)
+        self._keeper = Keeper(
+            api,
+            self._watched,
+            self._recorder,
+            metrics,
+            leads=self.leads,
+            look_seconds=look_seconds,
+        )
         self._signing = Signing(
             api,
             self.tls,
@@ -127,6 +147,7 @@ class Controller:
             leads=self.leads,
             tell=self._tell,
             changed=self._changed,
+            look_seconds=look_seconds,
         )
 
     def work(self) -> list[Coroutine[Any, Any, None]]:

@@ -20,9 +20,6 @@ from agent.watched import Watched
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 60.0
-"""How often the pods are asked that still keep a claim which is not wanted any more."""
-
 _RULE = RULES[Reason.CLAIM_FAILED]
 _PAGE = "500"
 
@@ -38,13 +35,16 @@ class Keeper:
         metrics: HookMetrics,
         *,
         leads: Callable[[], bool],
+        look_seconds: float,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`look_seconds` is how often the pods are asked that still keep a claim which is to go."""
         self._api = api
         self._watched = watched
         self._recorder = recorder
         self._metrics = metrics
         self._leads = leads
+        self._look_seconds = look_seconds
         self._ticks = ticks
         self._flag = asyncio.Event()
         self._failed: dict[Place, tuple[int, float]] = {}
@@ -57,7 +57,7 @@ class Keeper:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            delay = _LOOK_SECONDS
+            delay = self._look_seconds
             if self._leads():
                 delay = await self._turn()
             try:
@@ -72,7 +72,9 @@ class Keeper:
         found = self._plan(used=None)
         now = self._ticks()
         # Asked anew each time that something is to be deleted: who came a minute ago counts.
-        if found.wait - self._waiting or (found.wait and now - self._asked_at >= _LOOK_SECONDS):
+        if found.wait - self._waiting or (
+            found.wait and now - self._asked_at >= self._look_seconds
+        ):
             self._asked_at, self._waiting = now, found.wait
             if (used := await self._ask()) is not None:
                 found = self._plan(used=used)
@@ -83,7 +85,7 @@ class Keeper:
             if self._failed.get(place, (0, now))[1] <= now:
                 await self._apply(place, action)
         again = [at for _, at in self._failed.values()]
-        return max(1.0, min([_LOOK_SECONDS, *(at - now for at in again)]))
+        return max(1.0, min([self._look_seconds, *(at - now for at in again)]))
 
     def _plan(self, *, used: frozenset[Place] | None) -> Plan:
         return plan(
