@@ -164,3 +164,22 @@ def bind(plane: ControlPlane, space: str, name: str) -> None:
     path = f"/api/v1/namespaces/{space}/persistentvolumeclaims/{name}"
     until(lambda: plane.request("GET", path).status == 200, "no claim")
     plane.request("PATCH", f"{path}/status", {"status": {"phase": "Bound"}}).ok()
+
+
+def lead(plane: ControlPlane) -> str:
+    """The pod that the controllers' Lease names, "" for none."""
+    spec = plane.request("GET", f"{LEASES}/{ACCOUNT}").ok().get("spec") or {}
+    return str(spec.get("holderIdentity") or "").rpartition("/")[2]
+
+
+def as_installed(plane: ControlPlane) -> None:
+    """What the controllers write is as the manifests leave it: empty."""
+    plane.request("PATCH", SECRET, {"data": None}).ok()
+    plane.request("PATCH", f"{LEASES}/{ACCOUNT}", {"spec": None}).ok()
+    for path in (MUTATING, VALIDATING):
+        if (answer := plane.request("GET", path)).status == 404:
+            continue
+        found = answer.ok()
+        for hook in found["webhooks"]:
+            hook["clientConfig"].pop("caBundle", None)
+        plane.request("PUT", path, found).ok()
