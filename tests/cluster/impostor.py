@@ -21,6 +21,14 @@ def certified(*names: str, days_ago: int = 0) -> Held:
     return renewed(Held(), names=names or ("127.0.0.1",), now=now, settled=0.0)
 
 
+def review_of(review: Review, **response: Any) -> bytes:
+    """An AdmissionReview that answers this one."""
+    answer = {"uid": review["request"]["uid"], **response}
+    return json.dumps(
+        {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": answer}
+    ).encode()
+
+
 class Impostor:
     """`answer` makes status, content type and body of a review."""
 

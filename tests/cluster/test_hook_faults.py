@@ -26,7 +26,7 @@ from tests.cluster.controllers import (
     namespace,
     ready_node,
 )
-from tests.cluster.impostor import Impostor, Review, certified, closed_port
+from tests.cluster.impostor import Impostor, Review, certified, closed_port, review_of
 from tests.cluster.nodes import cache, group
 from tests.hook.pods import golden
 from tests.machine import until
@@ -188,13 +188,6 @@ def test_a_controller_that_hangs(
 # -- what is no answer ---------------------------------------------------------------------------
 
 JSON = "application/json"
-
-
-def review_of(review: Review, **response: Any) -> bytes:
-    answer = {"uid": review["request"]["uid"], **response}
-    return json.dumps(
-        {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": answer}
-    ).encode()
 
 
 def allowed(review: Review, *, patch: Any, **response: Any) -> tuple[int, str, bytes]:
