@@ -88,8 +88,8 @@ class Rival:
     def _beside(self, beat: Heartbeat) -> AgentError:
         return AgentError(
             Reason.OTHER_AGENT,
-            f"KServe's own local model controller runs (Lease {self._name}, {beat.holder}), and with"
-            " --mode=standalone this one keeps nothing beside it: apply the overlay kserve, or"
+            f"KServe's own local model controller runs (Lease {self._name}, {beat.holder}), and"
+            " with --mode=standalone this one keeps nothing beside it: apply the overlay kserve, or"
             " remove KServe's",
         )
 
