@@ -18,7 +18,7 @@ from prometheus_client import Counter
 
 from agent import USER_AGENT, __version__
 from agent.certificates import expires_at
-from agent.config import ControllerSettings, listen_address
+from agent.config import ControllerSettings, Mode, listen_address
 from agent.errors import AgentError
 from agent.hook import review
 from agent.hook.review import Answer, Outcome, Request
@@ -28,6 +28,8 @@ from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
 from agent.metrics import HookMetrics
+from agent.rival import LOOK_SECONDS as RIVAL_SECONDS
+from agent.rival import Rival
 from agent.server import health_app, hook_app, serve_tcp
 from agent.signing import Signing
 from agent.sources import scheme_of
@@ -42,21 +44,27 @@ NAME = "localmodel-controller"
 """Of its Deployment, and of its Lease."""
 
 SERVICE = "localmodel-hook"
+LOOK_SECONDS = 60.0
+"""How often the leader looks at what no watch tells: who still mounts a claim that is to go, and
+whom the webhook configurations trust."""
+
 _TURN_SECONDS = 5.0
 
 
-async def run_controller(settings: ControllerSettings) -> None:
+async def run_controller(
+    settings: ControllerSettings, *, look_seconds: float = LOOK_SECONDS
+) -> None:
     """Run until SIGTERM or SIGINT."""
-    await until_told(_serve(settings), said="")
+    await until_told(_serve(settings, look_seconds), said="")
 
 
-async def _serve(settings: ControllerSettings) -> None:
+async def _serve(settings: ControllerSettings, look_seconds: float) -> None:
     metrics = HookMetrics()
     api = Api(os.environ, user_agent=USER_AGENT)
     await api.open()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(api.close)
-        controller = Controller(api, settings, metrics)
+        controller = Controller(api, settings, metrics, look_seconds=look_seconds)
         host, port = listen_address(settings.health_listen)
         health = health_app(controller, metrics)
         bound = await stack.enter_async_context(serve_tcp(health, host, port))
@@ -87,7 +95,14 @@ async def _serve(settings: ControllerSettings) -> None:
 class Controller:
     """One replica."""
 
-    def __init__(self, api: Api, settings: ControllerSettings, metrics: HookMetrics) -> None:
+    def __init__(
+        self,
+        api: Api,
+        settings: ControllerSettings,
+        metrics: HookMetrics,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
         self._api = api
         self._settings = settings
         self._metrics = metrics
@@ -117,7 +132,15 @@ class Controller:
             changed=self._changed,
             what="the controllers, and keeps their claims and certificates",
         )
-        self._keeper = Keeper(api, self._watched, self._recorder, metrics, leads=self.leads)
+        self._rival = self._find_rival(min(RIVAL_SECONDS, look_seconds))
+        self._keeper = Keeper(
+            api,
+            self._watched,
+            self._recorder,
+            metrics,
+            leads=self.leads,
+            look_seconds=look_seconds,
+        )
         self._signing = Signing(
             api,
             self.tls,
@@ -127,12 +150,27 @@ class Controller:
             leads=self.leads,
             tell=self._tell,
             changed=self._changed,
+            look_seconds=look_seconds,
+        )
+
+    def _find_rival(self, look_seconds: float) -> Rival | None:
+        """None where KServe's controller is no rival: it keeps the caches, and we the claims."""
+        if self._settings.mode is Mode.KSERVE:
+            return None
+        return Rival(
+            self._api,
+            namespace=self._settings.kserve_namespace,
+            tell=self._tell,
+            changed=self._changed,
+            look_seconds=look_seconds,
         )
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
         """Everything that goes on, each until cancelled."""
         watches = [*self._watched.watches]
         others = [self._lease.run(), self._recorder.run(), self._keeper.run(), self._turn()]
+        if self._rival is not None:
+            others.append(self._rival.run())
         if self._settings.tls_dir is None:
             watches.append(self._signing.watch)
             others.append(self._signing.run())
@@ -154,6 +192,8 @@ class Controller:
     def leads(self) -> bool:
         """Whether this replica is the one that writes. Nothing is decided before all was listed:
         absence is no command."""
+        if self._rival is not None and self._rival.obstacle() is not None:
+            return False
         answered = self._lease.answered.is_set()
         return answered and self._lease.obstacle() is None and self._watched.listed
 
@@ -208,6 +248,8 @@ class Controller:
 
     def not_ready(self) -> str | None:
         """Why this replica is not to be asked, for its probe; None when it is."""
+        if self._rival is not None and self._rival.there:
+            return str(self._rival.obstacle())
         if self.serving:
             return None
         if self.able.is_set():

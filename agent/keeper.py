@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from math import inf
+from typing import NamedTuple
 
 from agent.backoff import doubling
 from agent.errors import RULES, AgentError, Reason
@@ -20,11 +21,16 @@ from agent.watched import Watched
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 60.0
-"""How often the pods are asked that still keep a claim which is not wanted any more."""
-
 _RULE = RULES[Reason.CLAIM_FAILED]
 _PAGE = "500"
+
+
+class _Failed(NamedTuple):
+    """What the API server refused, how often in a row, and when it is tried again (ticks)."""
+
+    action: Action
+    times: int
+    again_at: float
 
 
 class Keeper:
@@ -38,16 +44,19 @@ class Keeper:
         metrics: HookMetrics,
         *,
         leads: Callable[[], bool],
+        look_seconds: float,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`look_seconds` is how often the pods are asked that still keep a claim which is to go."""
         self._api = api
         self._watched = watched
         self._recorder = recorder
         self._metrics = metrics
         self._leads = leads
+        self._look_seconds = look_seconds
         self._ticks = ticks
         self._flag = asyncio.Event()
-        self._failed: dict[Place, tuple[int, float]] = {}
+        self._failed: dict[Place, _Failed] = {}
         self._waiting: frozenset[Place] = frozenset()
         self._asked_at = -inf
 
@@ -57,7 +66,7 @@ class Keeper:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            delay = _LOOK_SECONDS
+            delay = self._look_seconds
             if self._leads():
                 delay = await self._turn()
             try:
@@ -72,18 +81,25 @@ class Keeper:
         found = self._plan(used=None)
         now = self._ticks()
         # Asked anew each time that something is to be deleted: who came a minute ago counts.
-        if found.wait - self._waiting or (found.wait and now - self._asked_at >= _LOOK_SECONDS):
+        if found.wait - self._waiting or (
+            found.wait and now - self._asked_at >= self._look_seconds
+        ):
             self._asked_at, self._waiting = now, found.wait
             if (used := await self._ask()) is not None:
                 found = self._plan(used=used)
         self._waiting &= found.wait
         self._metrics.claims_waiting.set(len(found.wait))
-        self._failed = {place: f for place, f in self._failed.items() if place in found.actions}
+        # What is to be done is another thing now: no reason to wait.
+        self._failed = {
+            place: failed
+            for place, failed in self._failed.items()
+            if found.actions.get(place) == failed.action
+        }
         for place, action in found.actions.items():
-            if self._failed.get(place, (0, now))[1] <= now:
+            if place not in self._failed or self._failed[place].again_at <= now:
                 await self._apply(place, action)
-        again = [at for _, at in self._failed.values()]
-        return max(1.0, min([_LOOK_SECONDS, *(at - now for at in again)]))
+        again = [failed.again_at for failed in self._failed.values()]
+        return max(1.0, min([self._look_seconds, *(at - now for at in again)]))
 
     def _plan(self, *, used: frozenset[Place] | None) -> Plan:
         return plan(
@@ -121,19 +137,19 @@ class Keeper:
         except ApiError as error:
             if isinstance(action, Delete) and error.status == 404:
                 return
-            self._fail(place, error)
+            self._fail(place, action, error)
         else:
             self._failed.pop(place, None)
             _log.info("%s %s", type(action).__name__.lower(), _named(action))
 
-    def _fail(self, place: Place, error: ApiError) -> None:
-        count = self._failed.get(place, (0, 0.0))[0] + 1
+    def _fail(self, place: Place, action: Action, error: ApiError) -> None:
+        count = 1 + (self._failed[place].times if place in self._failed else 0)
         delay = doubling(_RULE.first_seconds, _RULE.cap_seconds, count)
         delay = max(delay, error.retry_after_seconds or 0.0)
-        self._failed[place] = count, self._ticks() + delay
+        self._failed[place] = _Failed(action, count, self._ticks() + delay)
         namespace, name = place
         message = f"no claim of the node group {name} in {namespace}: {error.message}"
-        if error.status == 409 and count > 1:
+        if error.status == 409 and count > 1 and isinstance(action, Create):
             message += "; that one is not ours: rename it or remove it"
         _log.warning("%s", message)
         group = self._watched.groups.objects.get(name)

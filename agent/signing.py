@@ -24,7 +24,6 @@ CONFIGURATION = "localmodel-hook"
 """Of both kinds. It sorts after KServe's `inferenceservice.serving.kserve.io`: the API server calls
 webhooks in that order, and ours must see what KServe made of a pod."""
 
-_TURN_SECONDS = 60.0
 _AGAIN_SECONDS = 5.0
 _REGISTRATION = "/apis/admissionregistration.k8s.io/v1"
 _KINDS = ("mutatingwebhookconfigurations", "validatingwebhookconfigurations")
@@ -44,9 +43,11 @@ class Signing:
         leads: Callable[[], bool],
         tell: Callable[[AgentError], None],
         changed: Callable[[], None],
+        look_seconds: float,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`look_seconds` is how often the webhook configurations are read: nobody watches them."""
         self._api = api
         self._tls = tls
         self._metrics = metrics
@@ -55,6 +56,7 @@ class Signing:
         self._leads = leads
         self._tell = tell
         self._changed = changed
+        self._look_seconds = look_seconds
         self._clock = clock
         self._ticks = ticks
         self._settling = Settling()
@@ -85,7 +87,7 @@ class Signing:
     async def run(self) -> None:
         """Renew, where this replica leads; until cancelled."""
         while True:
-            delay = _TURN_SECONDS
+            delay = self._look_seconds
             if self._leads():
                 try:
                     await self._turn()

@@ -277,7 +277,20 @@ class ControlPlane:
 
     def kubectl(self, *args: str | Path, input: str | None = None, user: Path | None = None) -> str:
         """What kubectl prints, as admin or as the user of that kubeconfig. Raises KubectlError."""
-        done = subprocess.run(
+        done = self._kubectl(*args, input=input, user=user)
+        if done.returncode != 0:
+            raise KubectlError(done.stderr.strip())
+        return done.stdout
+
+    def told(self, *args: str | Path, input: str | None = None) -> str:
+        """What a person sees who runs this kubectl: warnings and refusals, too."""
+        done = self._kubectl(*args, input=input)
+        return f"{done.stdout}{done.stderr}".strip()
+
+    def _kubectl(
+        self, *args: str | Path, input: str | None = None, user: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [self.programs["kubectl"], *args],
             input=input,
             capture_output=True,
@@ -290,9 +303,6 @@ class ControlPlane:
                 "KUBECONFIG": str(user or self.kubeconfig()),
             },
         )
-        if done.returncode != 0:
-            raise KubectlError(done.stderr.strip())
-        return done.stdout
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
         """Server-side apply of these objects, as admin."""

@@ -7,18 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tests import leaks
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.identity import NAMESPACE
+from tests.cluster.identity import LEASES, NAMESPACE
 from tests.machine import REPOSITORY, Server, replace, until
 
 ACCOUNT = "localmodel-controller"
 REGISTRATION = "/apis/admissionregistration.k8s.io/v1"
 MUTATING = f"{REGISTRATION}/mutatingwebhookconfigurations/localmodel-hook"
 VALIDATING = f"{REGISTRATION}/validatingwebhookconfigurations/localmodel-hook"
+PODS = "/api/v1/namespaces/{}/pods"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/localmodel-hook"
 
 
@@ -51,11 +52,14 @@ class Controllers:
         self._kubeconfig = plane.token_kubeconfig(home / "kubeconfig", token)
         self._running: list[Controller] = []
 
-    def start(self, *flags: str, mode: str = "kserve") -> Controller:
+    def start(
+        self, *flags: str, mode: str = "kserve", look_seconds: float | None = None
+    ) -> Controller:
+        """`look_seconds`: the leader looks that often at what no watch tells."""
         number = len(self._running)
         path = self.home / f"controller-{number}.log"
         arguments = [
-            *(sys.executable, "-m", "agent", "controller", "--mode", mode),
+            *(sys.executable, "-m", *_program(look_seconds), "--mode", mode),
             *("--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"),
             *("--names", "127.0.0.1", "--drain-seconds", "0", *flags),
         ]
@@ -96,7 +100,8 @@ class Controllers:
 
     def _trusted(self) -> bool:
         secret = self.plane.request("GET", SECRET).ok().get("data") or {}
-        hooks: list[dict[str, Any]] = self.plane.request("GET", MUTATING).ok()["webhooks"]
+        found = [self.plane.request("GET", path) for path in (MUTATING, VALIDATING)]
+        hooks = [hook for one in found if one.status != 404 for hook in one.ok()["webhooks"]]
         return all(h["clientConfig"].get("caBundle") == secret.get("ca.crt") for h in hooks)
 
     def close(self) -> None:
@@ -110,6 +115,12 @@ class Controllers:
             leaks.check("a controller's log", text)
 
 
+def _program(look_seconds: float | None) -> tuple[str, ...]:
+    if look_seconds is None:
+        return "agent", "controller"
+    return "tests.cluster.hurried", str(look_seconds)
+
+
 @contextmanager
 def controllers(plane: ControlPlane, home: Path) -> Iterator[Controllers]:
     made = Controllers(plane, home)
@@ -117,3 +128,58 @@ def controllers(plane: ControlPlane, home: Path) -> Iterator[Controllers]:
         yield made
     finally:
         made.close()
+
+
+def ready_node(plane: ControlPlane, name: str, **labels: str) -> None:
+    """A Node that is Ready with a GPU, and the Lease of its agent."""
+    body = {"metadata": {"name": name, "labels": labels}}
+    plane.request("POST", "/api/v1/nodes", body).ok()
+    status = {
+        "conditions": [{"type": "Ready", "status": "True"}],
+        "allocatable": {"nvidia.com/gpu": "1", "cpu": "8"},
+    }
+    plane.request("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}).ok()
+    taints = {"spec": {"taints": None}}  # the API server adds not-ready, a controller removes it
+    plane.request("PATCH", f"/api/v1/nodes/{name}", taints).ok()
+    beat(plane, name)
+
+
+def beat(plane: ControlPlane, name: str) -> None:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    spec = {"holderIdentity": "agent", "leaseDurationSeconds": 120, "renewTime": now}
+    plane.request("POST", LEASES, {"metadata": {"name": name}, "spec": spec}).ok()
+
+
+def namespace(plane: ControlPlane, name: str, **labels: str) -> None:
+    marks = {f"localmodel-agent.io/{key}": value for key, value in labels.items()}
+    plane.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}}
+    )
+    account = {"metadata": {"name": "default"}}
+    plane.request("POST", f"/api/v1/namespaces/{name}/serviceaccounts", account)
+
+
+def bind(plane: ControlPlane, space: str, name: str) -> None:
+    """What kube-controller-manager would do."""
+    path = f"/api/v1/namespaces/{space}/persistentvolumeclaims/{name}"
+    until(lambda: plane.request("GET", path).status == 200, "no claim")
+    plane.request("PATCH", f"{path}/status", {"status": {"phase": "Bound"}}).ok()
+
+
+def lead(plane: ControlPlane) -> str:
+    """The pod that the controllers' Lease names, "" for none."""
+    spec = plane.request("GET", f"{LEASES}/{ACCOUNT}").ok().get("spec") or {}
+    return str(spec.get("holderIdentity") or "").rpartition("/")[2]
+
+
+def as_installed(plane: ControlPlane) -> None:
+    """What the controllers write is as the manifests leave it: empty."""
+    plane.request("PATCH", SECRET, {"data": None}).ok()
+    plane.request("PATCH", f"{LEASES}/{ACCOUNT}", {"spec": None}).ok()
+    for path in (MUTATING, VALIDATING):
+        if (answer := plane.request("GET", path)).status == 404:
+            continue
+        found = answer.ok()
+        for hook in found["webhooks"]:
+            hook["clientConfig"].pop("caBundle", None)
+        plane.request("PUT", path, found).ok()

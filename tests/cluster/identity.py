@@ -83,7 +83,7 @@ def install(plane: ControlPlane, *, kserve: bool = False, overlay: str = "kserve
     else:
         plane.kubectl("apply", "--server-side", "-k", REPOSITORY / "crds")
     plane.apply(storage_containers_crd())
-    plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+    until(lambda: _established(plane), "the CRDs")
     make_kserves_namespaces(plane)
     manifests = plane.kubectl("kustomize", REPOSITORY / "daemonset/overlays" / overlay)
     plane.apply(*map(_hook_on_loopback, yaml.safe_load_all(manifests)))
@@ -96,6 +96,18 @@ def install(plane: ControlPlane, *, kserve: bool = False, overlay: str = "kserve
         return POLICY in plane.request("POST", f"{LEASES}?dryRun=All", lease, token=unbound).message
 
     until(refused, f"the policy {POLICY}")
+
+
+def _established(plane: ControlPlane) -> bool:
+    """Not by `kubectl wait`, which ends with an error where a CRD has no status yet."""
+    crds = plane.request("GET", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions").ok()
+    return all(
+        any(
+            (one["type"], one["status"]) == ("Established", "True")
+            for one in crd.get("status", {}).get("conditions") or ()
+        )
+        for crd in crds["items"]
+    )
 
 
 def _hook_on_loopback(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from agent.config import ControllerSettings, Mode
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.controllers import ACCOUNT
 from tests.cluster.identity import NAMESPACE, SERVICE_ACCOUNT, make_kserves_namespaces
 from tests.machine import REPOSITORY
 
@@ -46,14 +48,18 @@ def test_everything_is_created(
     plane.kubectl("delete", "-k", manifests, "--wait=false")
 
 
-def test_the_policy_compiles_against_our_types(control_plane: ControlPlane) -> None:
-    answer = control_plane.get("validatingadmissionpolicy", "localmodel-agent-own-node")
+@pytest.mark.parametrize(
+    "policy", ["localmodel-agent-own-node", "localmodel-controller-own-volumes"]
+)
+def test_the_policies_compile_against_our_types(control_plane: ControlPlane, policy: str) -> None:
+    answer = control_plane.get("validatingadmissionpolicy", policy)
     assert answer["spec"]["failurePolicy"] == "Fail"
     assert "expressionWarnings" not in answer.get("status", {}).get("typeChecking", {})
 
 
-def test_the_code_that_needs_a_rule_is_named_and_there() -> None:
-    text = (REPOSITORY / "daemonset/base/rbac.yaml").read_text()
+@pytest.mark.parametrize("part", ["base", "controller"])
+def test_the_code_that_needs_a_rule_is_named_and_there(part: str) -> None:
+    text = (REPOSITORY / "daemonset" / part / "rbac.yaml").read_text()
     rules = text.count("  - apiGroups: [")
     named = re.findall(r"# (agent/\S+\.py):", text)
     assert len(named) == rules
@@ -127,3 +133,88 @@ def test_the_probes_ask_what_the_agent_serves(pod: dict[str, Any]) -> None:
     (port,) = agent["ports"]
     assert port["name"] == agent["livenessProbe"]["httpGet"]["port"] == "metrics"
     assert f"--listen=0.0.0.0:{port['containerPort']}" in agent["args"]
+
+
+# -- the controller ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controller(control_plane: ControlPlane) -> dict[str, Any]:
+    """Its Deployment, as the API server has it."""
+    found: dict[str, Any] = control_plane.get("deployment", ACCOUNT, "-n", NAMESPACE)
+    return found
+
+
+def test_the_controller_satisfies_the_restricted_standard(
+    control_plane: ControlPlane, controller: dict[str, Any]
+) -> None:
+    name = "restricted-controller"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    meta = {"name": name, "labels": labels}
+    control_plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+    account = {"metadata": {"name": ACCOUNT}}
+    control_plane.request("POST", f"/api/v1/namespaces/{name}/serviceaccounts", account)
+    template = controller["spec"]["template"]
+    template["metadata"]["name"] = "template"
+    path = f"/api/v1/namespaces/{name}/pods?dryRun=All"
+    answer = control_plane.request("POST", path, template)
+    answer.ok()
+    assert answer.warnings == ()
+    template["spec"]["containers"][0]["securityContext"]["runAsNonRoot"] = False
+    assert "violates PodSecurity" in control_plane.request("POST", path, template).message
+
+
+def test_the_controller_is_nobody(controller: dict[str, Any]) -> None:
+    spec = controller["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "runAsUser": OWNER,
+        "runAsGroup": OWNER,
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert "volumes" not in spec
+    assert "initContainers" not in spec
+
+
+def test_one_controller_answers_whatever_is_drained_or_rolled_out(
+    control_plane: ControlPlane, controller: dict[str, Any]
+) -> None:
+    spec = controller["spec"]
+    assert spec["replicas"] == 2
+    assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    budget = control_plane.get("poddisruptionbudget", ACCOUNT, "-n", NAMESPACE)["spec"]
+    assert budget["minAvailable"] == 1
+    assert budget["selector"] == spec["selector"]
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    drain = ControllerSettings(mode=Mode.KSERVE).drain_seconds
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] > drain + 2
+
+
+def test_the_service_leads_to_the_hook(
+    control_plane: ControlPlane, controller: dict[str, Any]
+) -> None:
+    service = control_plane.get("service", "localmodel-hook", "-n", NAMESPACE)["spec"]
+    template = controller["spec"]["template"]
+    assert service["selector"].items() <= template["metadata"]["labels"].items()
+    (container,) = template["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert [(port["port"], port["targetPort"]) for port in service["ports"]] == [(443, "hook")]
+    assert f"--listen=0.0.0.0:{ports['hook']}" in container["args"]
+    assert f"--health-listen=0.0.0.0:{ports['metrics']}" in container["args"]
+    assert container["readinessProbe"]["httpGet"] == {
+        **{"path": "/readyz", "port": "metrics", "scheme": "HTTP"}
+    }
+
+
+def test_the_hook_is_called_last_and_stops_nobody(control_plane: ControlPlane) -> None:
+    configuration = control_plane.get("mutatingwebhookconfiguration", "localmodel-hook")
+    assert configuration["metadata"]["name"] > "inferenceservice.serving.kserve.io"
+    (hook,) = configuration["webhooks"]
+    assert (hook["failurePolicy"], hook["timeoutSeconds"]) == ("Ignore", 3)
+    assert (hook["reinvocationPolicy"], hook["sideEffects"]) == ("IfNeeded", "None")
+    (rule,) = hook["rules"]
+    assert (rule["operations"], rule["resources"]) == (["CREATE"], ["pods"])
+    assert hook["matchConditions"]
