@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,37 @@ def _read(plane: ControlPlane, path: str) -> Any:
 
 @pytest.fixture
 def private_control_plane(tmp_path: Path) -> Iterator[Callable[..., ControlPlane]]:
-    """A factory of API servers that a test may kill.
+    """A factory of API servers that a test may kill; its arguments are those of `_factory`'s."""
+    with _factory(tmp_path) as make:
+        yield make
 
-    `installed=False`: with nothing on it. `kserve=True`: with KServe's own CRDs, not ours. All else
-    that is given are ControlPlane's arguments.
-    """
+
+@pytest.fixture(scope="module")
+def module_control_plane(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., ControlPlane]]:
+    """The same for the tests of one file, which leave each other's objects alone."""
+    with _factory(tmp_path_factory.mktemp("module")) as make:
+        yield make
+
+
+@contextmanager
+def _factory(directory: Path) -> Iterator[Callable[..., ControlPlane]]:
+    """`installed=False`: with nothing on it. `kserve=True`: with KServe's own CRDs, not ours.
+    `overlay` is which of ours. All else that is given are ControlPlane's arguments."""
     with ExitStack() as started:
 
-        def make(*, installed: bool = True, kserve: bool = False, **options: Any) -> ControlPlane:
-            plane = ControlPlane(tmp_path / f"control-plane-{next(_numbers)}", **options)
+        def make(
+            *,
+            installed: bool = True,
+            kserve: bool = False,
+            overlay: str = "kserve",
+            **options: Any,
+        ) -> ControlPlane:
+            plane = ControlPlane(directory / f"control-plane-{next(_numbers)}", **options)
             started.enter_context(plane)
             if installed:
-                install(plane, kserve=kserve)
+                install(plane, kserve=kserve, overlay=overlay)
             return plane
 
         yield make

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tests import leaks
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.identity import NAMESPACE
+from tests.cluster.identity import LEASES, NAMESPACE
 from tests.machine import REPOSITORY, Server, replace, until
 
 ACCOUNT = "localmodel-controller"
 REGISTRATION = "/apis/admissionregistration.k8s.io/v1"
 MUTATING = f"{REGISTRATION}/mutatingwebhookconfigurations/localmodel-hook"
 VALIDATING = f"{REGISTRATION}/validatingwebhookconfigurations/localmodel-hook"
+PODS = "/api/v1/namespaces/{}/pods"
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/localmodel-hook"
 
 
@@ -86,13 +88,18 @@ class Controllers:
 
     def call(self, base: str) -> None:
         for path in (MUTATING, VALIDATING):
-            if (answer := self.plane.request("GET", path)).status == 404:
-                continue
-            found = answer.ok()
-            for hook in found["webhooks"]:
-                config = hook["clientConfig"]
-                config["url"] = f"{base}/{config['url'].rpartition('/')[2]}"
-            self.plane.request("PUT", path, found).ok()
+            until(functools.partial(self._pointed, path, base), path)
+
+    def _pointed(self, path: str, base: str) -> bool:
+        """False where a controller has written its `caBundle` meanwhile."""
+        if (answer := self.plane.request("GET", path)).status == 404:
+            return True
+        found = answer.ok()
+        for hook in found["webhooks"]:
+            config = hook["clientConfig"]
+            config["url"] = f"{base}/{config['url'].rpartition('/')[2]}"
+        written = self.plane.request("PUT", path, found)
+        return written.status != 409 and bool(written.ok())
 
     def _trusted(self) -> bool:
         secret = self.plane.request("GET", SECRET).ok().get("data") or {}
@@ -117,3 +124,39 @@ def controllers(plane: ControlPlane, home: Path) -> Iterator[Controllers]:
         yield made
     finally:
         made.close()
+
+
+def ready_node(plane: ControlPlane, name: str, **labels: str) -> None:
+    """A Node that is Ready with a GPU, and the Lease of its agent."""
+    body = {"metadata": {"name": name, "labels": labels}}
+    plane.request("POST", "/api/v1/nodes", body).ok()
+    status = {
+        "conditions": [{"type": "Ready", "status": "True"}],
+        "allocatable": {"nvidia.com/gpu": "1", "cpu": "8"},
+    }
+    plane.request("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}).ok()
+    taints = {"spec": {"taints": None}}  # the API server adds not-ready, a controller removes it
+    plane.request("PATCH", f"/api/v1/nodes/{name}", taints).ok()
+    beat(plane, name)
+
+
+def beat(plane: ControlPlane, name: str) -> None:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    spec = {"holderIdentity": "agent", "leaseDurationSeconds": 120, "renewTime": now}
+    plane.request("POST", LEASES, {"metadata": {"name": name}, "spec": spec}).ok()
+
+
+def namespace(plane: ControlPlane, name: str, **labels: str) -> None:
+    marks = {f"localmodel-agent.io/{key}": value for key, value in labels.items()}
+    plane.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}}
+    )
+    account = {"metadata": {"name": "default"}}
+    plane.request("POST", f"/api/v1/namespaces/{name}/serviceaccounts", account)
+
+
+def bind(plane: ControlPlane, space: str, name: str) -> None:
+    """What kube-controller-manager would do."""
+    path = f"/api/v1/namespaces/{space}/persistentvolumeclaims/{name}"
+    until(lambda: plane.request("GET", path).status == 200, "no claim")
+    plane.request("PATCH", f"{path}/status", {"status": {"phase": "Bound"}}).ok()

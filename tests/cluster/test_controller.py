@@ -8,14 +8,19 @@ import pytest
 
 from agent.model import cache_key
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.controllers import Controllers, controllers
-from tests.cluster.identity import LEASES
+from tests.cluster.controllers import (
+    PODS,
+    Controllers,
+    bind,
+    controllers,
+    namespace,
+    ready_node,
+)
 from tests.cluster.nodes import cache, group
 from tests.hook.pods import golden
 from tests.machine import until
 
 URI = "hf://meta-llama/Llama-3.1-8B-Instruct"
-PODS = "/api/v1/namespaces/{}/pods"
 
 
 @pytest.fixture
@@ -28,44 +33,6 @@ def plane(private_control_plane: Any) -> ControlPlane:
 def replicas(plane: ControlPlane, tmp_path: Path) -> Iterator[Controllers]:
     with controllers(plane, tmp_path / "controllers") as made:
         yield made
-
-
-def ready_node(plane: ControlPlane, name: str, **labels: str) -> None:
-    """A Node that is Ready with a GPU, and the Lease of its agent."""
-    body = {"metadata": {"name": name, "labels": labels}}
-    plane.request("POST", "/api/v1/nodes", body).ok()
-    status = {
-        "conditions": [{"type": "Ready", "status": "True"}],
-        "allocatable": {"nvidia.com/gpu": "1", "cpu": "8"},
-    }
-    plane.request("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}).ok()
-    taints = {"spec": {"taints": None}}  # the API server adds not-ready, a controller removes it
-    plane.request("PATCH", f"/api/v1/nodes/{name}", taints).ok()
-    beat(plane, name)
-
-
-def beat(plane: ControlPlane, name: str) -> None:
-    from datetime import UTC, datetime
-
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    spec = {"holderIdentity": "agent", "leaseDurationSeconds": 120, "renewTime": now}
-    plane.request("POST", LEASES, {"metadata": {"name": name}, "spec": spec}).ok()
-
-
-def namespace(plane: ControlPlane, name: str, **labels: str) -> None:
-    marks = {f"localmodel-agent.io/{key}": value for key, value in labels.items()}
-    plane.apply(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}}
-    )
-    account = {"metadata": {"name": "default"}}
-    plane.request("POST", f"/api/v1/namespaces/{name}/serviceaccounts", account)
-
-
-def bind(plane: ControlPlane, space: str, name: str) -> None:
-    """What kube-controller-manager would do."""
-    path = f"/api/v1/namespaces/{space}/persistentvolumeclaims/{name}"
-    until(lambda: plane.request("GET", path).status == 200, "no claim")
-    plane.request("PATCH", f"{path}/status", {"status": {"phase": "Bound"}}).ok()
 
 
 def test_a_pod_that_kserve_made_starts_from_the_cache(
