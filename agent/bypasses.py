@@ -38,6 +38,9 @@ class Bypasses:
         self._clock = clock
         self._counted: set[str] = set()
         self._since = ""
+        self._offers: list[Offer] = []
+        self._judged: set[str] = set()
+        """With these offers: a tenant may write many URIs, and each turn is too often for them."""
 
     async def open(self) -> None:
         """Learn which pods were counted in an earlier life, and since when they are."""
@@ -46,11 +49,13 @@ class Bypasses:
 
     async def see(self, pods: Mapping[str, Pod], offers: Iterable[Offer]) -> None:
         """The pods of the node, by UID, and the models that its caches offer to them."""
-        offers = list(offers)
-        for uid, pod in pods.items():
-            found = bypassed(pod, offers, since=self._since)
-            if found is not None and uid not in self._counted:
-                await self._count(pod, *found)
+        if (now := list(offers)) != self._offers:
+            self._offers, self._judged = now, set()
+        for uid in pods.keys() - self._judged - self._counted:
+            found = bypassed(pods[uid], now, since=self._since)
+            if found is not None:
+                await self._count(pods[uid], *found)
+        self._judged = set(pods)
         for uid in self._counted - pods.keys():
             self._counted.discard(uid)
             await self._index.forget_bypass(uid)

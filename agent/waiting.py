@@ -21,6 +21,8 @@ _PATIENCE_SECONDS = 5.0
 a moment after the pod that waits for it."""
 
 _AGAIN_SECONDS = 60.0  # how often the same is said with other numbers
+_REMIND_SECONDS = 600.0
+"""How often it is said unchanged: a server forgets Events after an hour, and one may be lost."""
 
 
 @dataclass(slots=True)
@@ -65,6 +67,5 @@ def _is_news(word: Word, told: _Told, now: float, *, started: bool) -> bool:
         return False
     if told.word is None:
         return now - told.since >= _PATIENCE_SECONDS
-    return word.reason != told.word.reason or (
-        word != told.word and now - told.at >= _AGAIN_SECONDS
-    )
+    pause = _REMIND_SECONDS if word == told.word else _AGAIN_SECONDS
+    return word.reason != told.word.reason or now - told.at >= pause

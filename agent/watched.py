@@ -55,7 +55,7 @@ class Watched:
         self._beat_at = -_BEAT_SECONDS
         self._beats: dict[str, tuple[Heartbeat, float]] = {}
         self._taken: dict[str, Holding] = {}
-        self._holders: dict[CacheKey, set[str]] = {}
+        self._holders: dict[CacheKey, frozenset[str]] = {}
         self._sizes: dict[CacheKey, int] = {}
         self._capacity: dict[str, int] = {}
         self._world = World(
@@ -145,16 +145,17 @@ class Watched:
         self._changed()
 
     def _take_holdings(self) -> None:
-        """Of the nodes that have changed; `World` shares these maps."""
+        """Of the nodes that have changed. `World` shares these maps with threads that read them, so
+        a set in them is replaced, and never changed."""
         found = self._holdings.objects
         for name in self._taken.keys() | found.keys():
             old, new = self._taken.get(name, _NOTHING), found.get(name, _NOTHING)
             if old is new:
                 continue
             for key in old.keys - new.keys:
-                self._holders[key].discard(name)
+                self._holders[key] = self._holders[key] - {name}
             for key in new.keys - old.keys:
-                self._holders.setdefault(key, set()).add(name)
+                self._holders[key] = self._holders.get(key, frozenset()) | {name}
             self._sizes.update(new.sizes)
             if new.capacity is None:
                 self._capacity.pop(name, None)

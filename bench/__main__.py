@@ -1,7 +1,8 @@
 """`make bench`: a verified download by us, by curl and by huggingface_hub, from one local hub;
-then the agent on a real API server (bench/cluster.py), and its upkeep (bench/upkeep.py).
+then the agent on a real API server (bench/cluster.py), its upkeep (bench/upkeep.py), and pods that
+start on a real node (bench/node.py).
 
-    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster|upkeep]
+    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster|upkeep|node]
 
 Runs are interleaved (A B C A B C ...), so that a machine that slows down slows everybody. Everybody
 must end with every byte on disk and its SHA-256 known: the peers do not verify, so their digest is
@@ -20,15 +21,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cluster, upkeep
+from bench import cluster, node, upkeep
 from bench.origin import Origin, Shape, shapes
 from bench.peers import Peer, Result, peers
+from tests.node.packages import lacks
+
+_PARTS = ("downloads", "cluster", "upkeep", "node")
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument("--only", choices=("downloads", "cluster", "upkeep"), help="one part of it")
+    flags.add_argument(
+        "--only", choices=("downloads", "cluster", "upkeep", "node"), help="one part of it"
+    )
     flags.add_argument("--scale", type=float, default=1.0, help="of the sizes, to try it out")
     arguments = flags.parse_args()
     print(machine())
@@ -42,6 +48,11 @@ def main() -> None:
             cluster.run(arguments.runs)
         else:
             print("\nNOT MEASURED: the cluster part needs its binaries; run make control-plane")
+    if only in (None, "node"):
+        if lack := lacks():
+            print(f"\nNOT MEASURED: pods on a real node: {lack}")
+        else:
+            node.run(arguments.runs, arguments.scale)
 
 
 def downloads(runs: int, scale: float) -> None:

@@ -42,6 +42,18 @@ def shapes(scale: float) -> list[Shape]:
     ]
 
 
+def write_random(path: Path, size: int, dice: random.Random) -> str:
+    """A file of so many bytes; its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        while size > 0:
+            block = dice.randbytes(min(size, 2**22))
+            digest.update(block)
+            size -= file.write(block)
+    return digest.hexdigest()
+
+
 class Origin:
     """A hub that serves one shape; its files are in the page cache."""
 
@@ -56,15 +68,7 @@ class Origin:
         upstream = self._root / "upstream"
         dice = random.Random(0)
         for name, size in self.shape.files.items():
-            path = upstream / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digest = hashlib.sha256()
-            with path.open("wb") as file:
-                while size > 0:
-                    block = dice.randbytes(min(size, 2**22))
-                    digest.update(block)
-                    size -= file.write(block)
-            self.digests[name] = digest.hexdigest()
+            self.digests[name] = write_random(upstream / name, size, dice)
         command = [sys.executable, "-m", "tests.fakes.hub", "--root", str(self._root / "hub")]
         self._hub = subprocess.Popen(
             [*command, "--port", "0", "--add", f"{REPOSITORY}={upstream}"],

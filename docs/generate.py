@@ -5,6 +5,7 @@ reasons.md    errors.RULES
 metrics.md    metrics.Metrics
 settings.md   config.Settings
 cli.md        the parser of cli.command
+hook.md       hook.decisions.EXPLAINED, between two lines of a page that people write
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from agent.cli.command import parser
 from agent.config import ControllerSettings, Settings, variable_of
 from agent.errors import RULES
+from agent.hook.decisions import EXPLAINED, QUIET
 from agent.metrics import HookMetrics, Metrics
 from agent.model import Space, Traffic
 from agent.phases import MEANING, TRANSITIONS, Phase
@@ -152,6 +154,24 @@ def _arguments(command: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
             yield f"`{flags if action.nargs == 0 else f'{flags} {value}'}`", action.help or ""
 
 
+def hook() -> str:
+    """The page as it is, with the table of today. Raises ValueError without the lines around it."""
+    head, begin, rest = _parted((DOCS / "hook.md").read_text(), "<!-- From agent/hook/decisions.py")
+    note, _, rest = rest.partition("\n")
+    _, end, tail = _parted(rest, "<!-- The end of what is generated.")
+    rows = (
+        (f"`{why}`", said.means, "quiet" if why in QUIET else "warned", said.advice)
+        for why, said in EXPLAINED.items()
+    )
+    table = _table(("Value", "The pod is left as it is, because", "Told", "What to do"), rows)
+    return f"{head}{begin}{note}\n\n{table}\n{end}{tail}"
+
+
+def _parted(text: str, line: str) -> tuple[str, str, str]:
+    place = text.index(line)
+    return text[:place], line, text[place + len(line) :]
+
+
 def _table(columns: tuple[str, ...], rows: object) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]  # type: ignore[attr-defined]
@@ -164,6 +184,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "metrics.md": metrics,
     "settings.md": settings,
     "cli.md": cli,
+    "hook.md": hook,
 }
 
 

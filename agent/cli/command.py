@@ -145,7 +145,8 @@ _NAMED = f"{_MODEL}; while an agent runs also the name of a cache, or NAMESPACE/
 _SHOW = (
     "One model, with its files. With -o json, modelmesh.GROUP is what a ModelMesh InferenceService"
     " says under spec.predictor.model to read it from the claim of that node group: {storage:"
-    " {parameters: {type: pvc, name: localmodel-GROUP}, path: models/KEY}}. There is one for each"
+    " {parameters: {type: pvc, name: localmodel-GROUP}, path: models/KEY}} (ModelMesh mounts claims"
+    " that its storage-config names, or any with allowAnyPVC). There is one for each"
     " node group that asks for the model, and no modelmesh where none is known (without an agent"
     " that runs for a node of a cluster)."
 )

@@ -21,7 +21,7 @@ from typing import Any
 
 from agent.hook.decisions import Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
-from agent.hook.scheduling import allows
+from agent.hook.scheduling import allowed
 from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
@@ -271,15 +271,16 @@ class _Asked:
             detail = f"not in the node group {named}" if named else "its node groups do not exist"
             raise _Left(Why.NO_SUCH_CACHE, detail)
         known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
+        places = frozenset() if named is not None else allowed(self.spec, self.world.nodes)
         refusals = []
         for group in known:
-            refusal = self._refusal(group, named=named is not None)
+            refusal = self._refusal(group, places, named=named is not None)
             if refusal is None:
                 return group
             refusals.append(refusal)
         raise refusals[0]
 
-    def _refusal(self, group: str, *, named: bool) -> "_Left | None":
+    def _refusal(self, group: str, places: frozenset[str], *, named: bool) -> "_Left | None":
         if (self.namespace, group) not in self.world.claims:
             return _Left(Why.NO_CLAIM, f"{claim_name(group)} in {self.namespace}")
         nodes = self.world.in_group(group)
@@ -287,9 +288,8 @@ class _Asked:
             return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
             return _Left(Why.NO_AGENT, few(silent))
-        allowed = {node.name for node in self.world.nodes if allows(self.spec, node)}
-        if not named and (not allowed or allowed - nodes):
-            return _Left(Why.OTHER_NODES, few(sorted(allowed - nodes)) or "no node is known")
+        if not named and (not places or places - nodes):
+            return _Left(Why.OTHER_NODES, few(sorted(places - nodes)) or "no node is known")
         return None
 
     # -- the patch --------------------------------------------------------------------------------

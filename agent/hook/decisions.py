@@ -64,13 +64,15 @@ EXPLAINED: Mapping[Why, Explained] = {
     ),
     Why.UNKNOWN_IMAGE: Explained(
         "the entrypoint of its initializer's image is not known",
-        "set the container's command, or name the image in the controller's settings",
+        "set the container's command, or name the image in the controller's --entrypoints",
     ),
     Why.PATTERNS: Explained(
         "it downloads other files of the model than the cache holds",
         "remove the patterns on both sides",
     ),
-    Why.CONFIDENTIAL: Explained("its model is decrypted by the initializer"),
+    Why.CONFIDENTIAL: Explained(
+        "its model is decrypted by the initializer", "nothing: it is downloaded as before"
+    ),
     Why.ODD: Explained("its shape is not one that the hook knows", "mend what is named"),
 }
 

@@ -35,8 +35,13 @@ def selects(selector: Any, node: Node) -> bool:
     return any(_term_holds(term, node) for term in terms)
 
 
-def allows(pod: Json, node: Node) -> bool:
-    """Whether the scheduler could put a pod with this spec on the node at all."""
+def allowed(pod: Json, nodes: Iterable[Node]) -> frozenset[str]:
+    """The names of the nodes on which the scheduler could put a pod with this spec at all."""
+    needs = extended(pod)  # once: a cluster has thousands of nodes, and a pod may be large
+    return frozenset(node.name for node in nodes if needs <= node.extended and _fits(pod, node))
+
+
+def _fits(pod: Json, node: Node) -> bool:
     required = at(pod, "affinity", "nodeAffinity").get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     )
@@ -46,7 +51,6 @@ def allows(pod: Json, node: Node) -> bool:
         and (required is None or selects(required, node))
         and pod.get("nodeName") in (None, "", node.name)
         and all(_tolerated(taint, pod.get("tolerations") or []) for taint in node.taints)
-        and extended(pod) <= node.extended
     )
 
 

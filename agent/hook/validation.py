@@ -226,7 +226,8 @@ def _in_use(cache: Json, users: Users) -> str:
     found += [f"pod {name}" for name in users.pods]
     if not found:
         return ""
-    return f"it is in use by {few(found)}: delete these, or give them another model, first"
+    name = ours[KSERVE_LABEL]
+    return f"{name} is in use by {few(found)}: delete these, or give them another model, first"
 
 
 # -- let through with a warning --------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What the hook knows when a pod comes: watched objects, as values."""
 
 import posixpath
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -73,7 +73,7 @@ class World:
     claims: frozenset[tuple[str, str]] = frozenset()
     inject: frozenset[str] = frozenset()
     live: frozenset[str] = frozenset()
-    holders: Mapping[CacheKey, Set[str]] = field(default_factory=dict)
+    holders: Mapping[CacheKey, frozenset[str]] = field(default_factory=dict)
     entrypoints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[CacheKey, int] = field(default_factory=dict)
     capacity: Mapping[str, int] = field(default_factory=dict)

@@ -35,7 +35,7 @@ class Lease:
         holder: str,
         gone: Callable[[str], bool],
         changed: Callable[[], None],
-        what: str = "this node; it has one agent at most",
+        what: str = "this node, which has one agent at most",
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -142,7 +142,7 @@ class Lease:
         self._refusal = None
 
     def _refused(self, holder: str) -> None:
-        message = f"another agent ({holder}) holds the lease of {self._what}"
+        message = f"{holder} holds the lease of {self._what}"
         if self._refusal is None:
             _log.info("%s", message)  # whether that is bad, who asked for it knows
         self._refusal = AgentError(Reason.OTHER_AGENT, message)

@@ -276,3 +276,19 @@ def test_a_cache_of_a_namespace_that_names_credentials_must_show_them() -> None:
     assert '"serviceAccountName": "sa"' in found.guarded["team-a/mine"].access
     assert found.wants[KEY].access != found.guarded["team-a/mine"].access
     assert {want.ref for want in found.guarded.values()} == {found.wants[KEY].ref}
+
+
+def test_what_is_wrong_with_an_entry_is_known_by_its_key() -> None:
+    """Who waits for the model knows only that."""
+    found = node(entry("a", "gopher://x"), entry("b", nodeGroup="gpu"), entry("c", OTHER))
+    groups = {"gpu": Group(name="gpu", path="/elsewhere")}
+    wished = desired(found, groups=groups)
+    assert {key: error.name for key, error in wished.refused.items()} == {
+        cache_key("gopher://x"): "a",
+        KEY: "b",
+    }
+    assert wished.refused[KEY].reason is Reason.PATH_MISMATCH
+    # Whose cache may just not have been heard of is neither wanted nor refused.
+    unclear = of_node(found, {}, groups, unconfirmed={"b"}, check=scheme_of, served=SERVED)
+    assert KEY in unclear.spoken_for
+    assert KEY not in unclear.refused

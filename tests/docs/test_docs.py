@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import Reason
+from agent.hook.decisions import EXPLAINED
 from agent.sources import INSTEAD, SCHEMES
 from docs import generate
 
@@ -27,6 +28,22 @@ def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_every_reason_is_documented() -> None:
     page = generate.reasons()
     assert all(f"`{reason}`" in page for reason in Reason)
+
+
+def test_a_page_of_ours_keeps_what_people_wrote(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = generate.hook()
+    assert all(f"| `{why}` | {said.means} |" in page for why, said in EXPLAINED.items())
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    edited = page.replace("# The admission hook", "# Another title")
+    (tmp_path / "hook.md").write_text(edited)
+    assert generate.hook() == edited
+    (tmp_path / "hook.md").write_text(edited.replace("| `Done` |", "| `Dome` |"))
+    assert generate.hook() == edited
+    (tmp_path / "hook.md").write_text("# No table")
+    with pytest.raises(ValueError):
+        generate.hook()
 
 
 def test_every_scheme_is_documented_and_no_other() -> None:

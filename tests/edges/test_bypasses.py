@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from agent import usage
+from agent import bypasses, usage
 from agent.bypasses import Bypasses
 from agent.hook.admission import mutate
 from agent.hook.decisions import Mutation
@@ -79,6 +79,14 @@ def test_of_the_pods_that_kserve_makes_those_with_a_cached_initializer(case: str
 def test_who_was_helped_or_wants_no_help_is_none(notes: dict[str, str]) -> None:
     assert past(pod("uncached-hf")) == LLAMA
     assert past(pod("uncached-hf", notes=notes)) is None
+
+
+def test_who_was_given_a_claim_by_kserve_is_none() -> None:
+    """Its initializer, if it has one, brings something else."""
+    raw = golden("uncached-hf")
+    raw["spec"]["volumes"] = golden("cached-hf")["spec"]["volumes"]
+    assert pod("uncached-hf").downloads == (LLAMA,)
+    assert pod(raw).downloads == ()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +173,9 @@ class Node:
     def _tell(self, pod: Pod, word: Word) -> None:
         self.told.append((pod.uid, word.reason))
 
-    async def see(self, *pods: Pod) -> float | None:
+    async def see(self, *pods: Pod, offers: list[Offer] = OFFERS) -> float | None:
         """How many are counted then."""
-        await self.bypasses.see({pod.uid: pod for pod in pods}, OFFERS)
+        await self.bypasses.see({pod.uid: pod for pod in pods}, offers)
         return self.metrics.registry.get_sample_value("localmodel_pods_bypassed_total")
 
 
@@ -206,3 +214,28 @@ async def test_what_is_kept_of_a_pod_goes_with_it(tmp_path: Path) -> None:
         await found.see(pod("uncached-hf", uid="a"), pod("uncached-hf", uid="b"))
         await found.see(pod("uncached-hf", uid="b"))
         assert (await found.bypasses._index.bypasses(0.0))[0] == {"b"}
+
+
+async def test_an_entry_that_comes_after_the_pod_is_looked_at(tmp_path: Path) -> None:
+    """Its cache was there before: only this node did not hear of it yet."""
+    async with node(tmp_path) as found:
+        assert await found.see(pod("uncached-hf"), offers=[]) == 0
+        assert await found.see(pod("uncached-hf")) == 1
+        assert await found.see(pod("uncached-hf"), offers=OFFERS[:1]) == 1
+
+
+async def test_a_pod_is_compared_once_with_the_same_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant may write many URIs, and a node may have many models."""
+    compared: list[str] = []
+
+    def counted(pod: Pod, offers: list[Offer], *, since: str) -> None:
+        compared.append(pod.uid)
+
+    monkeypatch.setattr(bypasses, "bypassed", counted)
+    async with node(tmp_path) as found:
+        for _ in range(3):
+            await found.see(pod("uncached-hf", uid="a"))
+        await found.see(pod("uncached-hf", uid="a"), pod("uncached-hf", uid="b"))
+    assert compared == ["a", "b"]

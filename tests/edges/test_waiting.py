@@ -104,7 +104,14 @@ def test_how_far_it_is_is_said_once_a_minute(node: Node) -> None:
     assert node.see(pod("a"), after=10, model=fetching(100)) == ["WaitsForModel"]
     said = [node.see(pod("a"), after=10, model=fetching(200 + n)) for n in range(12)]
     assert said == [[], [], [], [], [], ["WaitsForModel"]] * 2
-    assert node.see(pod("a"), after=600) == [], "nothing has changed"
+
+
+def test_who_waits_long_is_told_before_the_server_has_forgotten(node: Node) -> None:
+    """Or if the server was away when it was said first."""
+    node.see(pod("a"))
+    assert node.see(pod("a"), after=5) == ["NotAskedFor"]
+    said = [node.see(pod("a"), after=100) for _ in range(12)]
+    assert said == [[], [], [], [], [], ["NotAskedFor"]] * 2
 
 
 def test_another_state_is_said_at_once(node: Node) -> None:

@@ -1,6 +1,7 @@
 """What becomes of a pod: the recorded ones of KServe, one decision each, and then all others."""
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -450,6 +451,17 @@ def test_a_pod_may_not_name_any_number_of_models() -> None:
     helped(pod)
     pod["spec"]["containers"] *= 6
     assert left(pod).detail == "so many models in so many containers"
+
+
+def test_a_large_pod_is_compared_with_many_nodes_in_no_time() -> None:
+    """Whoever may make pods must not stop the admission of others'. It took ten seconds."""
+    nodes = tuple(node(f"n{number}", A100) for number in range(5000))
+    world = replace(WORLD, nodes=nodes, live=frozenset(one.name for one in nodes))
+    pod = golden("uncached-hf")
+    pod["spec"]["containers"] *= 3000
+    begun = time.process_time()
+    assert isinstance(admit(pod, world), Mutation)
+    assert time.process_time() - begun < 3
 
 
 def test_nobody_waits_for_a_pod_with_a_million_tolerations() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from agent.hook.scheduling import Node, allows, selects
+from agent.hook.scheduling import Node, allowed, selects
 
 NODE = Node(
     name="a",
@@ -63,7 +63,7 @@ def test_terms_are_alternatives_and_each_must_hold_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "allowed"),
+    ("spec", "fits"),
     [
         ({}, True),
         ({"nodeSelector": {"gpu": "a100"}}, True),
@@ -76,22 +76,22 @@ def test_terms_are_alternatives_and_each_must_hold_whole() -> None:
         ({"containers": [{"resources": {"limits": {"hugepages-2Mi": "1Gi"}}}]}, True),
     ],
 )
-def test_a_pod(spec: dict[str, Any], allowed: bool) -> None:
-    assert allows({"tolerations": TOLERATED, **spec}, NODE) is allowed
+def test_a_pod(spec: dict[str, Any], fits: bool) -> None:
+    assert _allows({"tolerations": TOLERATED, **spec}) is fits
 
 
 def test_required_affinity_and_not_preferred() -> None:
     term = {"matchExpressions": [_expression("absent", "Exists")]}
-    for kind, allowed in (
+    for kind, fits in (
         ("requiredDuringSchedulingIgnoredDuringExecution", False),
         ("preferredDuringSchedulingIgnoredDuringExecution", True),
     ):
         affinity = {"nodeAffinity": {kind: {"nodeSelectorTerms": [term]}}}
-        assert allows({"tolerations": TOLERATED, "affinity": affinity}, NODE) is allowed
+        assert _allows({"tolerations": TOLERATED, "affinity": affinity}) is fits
 
 
 @pytest.mark.parametrize(
-    ("toleration", "allowed"),
+    ("toleration", "fits"),
     [
         ({"operator": "Exists"}, True),
         ({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, True),
@@ -104,6 +104,10 @@ def test_required_affinity_and_not_preferred() -> None:
         ({"value": "present"}, False),
     ],
 )
-def test_taints(toleration: dict[str, str], allowed: bool) -> None:
-    assert allows({"tolerations": [toleration]}, NODE) is allowed
-    assert not allows({}, NODE)
+def test_taints(toleration: dict[str, str], fits: bool) -> None:
+    assert _allows({"tolerations": [toleration]}) is fits
+    assert not _allows({})
+
+
+def _allows(spec: dict[str, Any]) -> bool:
+    return allowed(spec, [NODE]) == {NODE.name}

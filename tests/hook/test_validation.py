@@ -223,12 +223,12 @@ def test_a_cache_in_use_is_not_deleted() -> None:
     old = cache("llama")
     assert _deleted(old) == ""
     assert _deleted(old, _service("a", "llama")).startswith(
-        "it is in use by InferenceService team-a/a:"
+        "llama is in use by InferenceService team-a/a:"
     )
     llm = _service("b", "llama", kind="LLMInferenceService")
     said = _deleted(old, _service("a", "llama"), llm, pods=("team-b/p-1", "team-b/p-2"))
     assert said == (
-        "it is in use by InferenceService team-a/a, LLMInferenceService team-a/b,"
+        "llama is in use by InferenceService team-a/a, LLMInferenceService team-a/b,"
         " pod team-b/p-1 and 1 more: delete these, or give them another model, first"
     )
 

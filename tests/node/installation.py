@@ -1,6 +1,7 @@
 """What we ship, installed on the real node as the README says, and what is to be seen of it."""
 
 import os
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ class Agent:
         self._ask()
 
     def _ask(self) -> None:
-        models = [{"modelName": name, "sourceModelUri": uri} for name, uri in self._wanted.items()]
+        models = [
+            {"modelName": name, "sourceModelUri": uri, "nodeGroup": GROUP}
+            for name, uri in self._wanted.items()
+        ]
         self.node.plane.apply(
             {
                 "apiVersion": "serving.kserve.io/v1alpha1",
@@ -79,8 +83,24 @@ class Agent:
         found = self.node.plane.get("localmodelnode", NAME)
         return dict(found.get("status", {}).get("modelStatus", {}))
 
-    def wait_downloaded(self, name: str) -> None:
-        until(lambda: self.status().get(name) == "ModelDownloaded", self.describe, seconds=PATIENCE)
+    def wait_downloaded(self, name: str, *, seconds: float = PATIENCE) -> None:
+        until(lambda: self.status().get(name) == "ModelDownloaded", self.describe, seconds=seconds)
+
+    def wait_controllers(self) -> None:
+        """Until both are ready."""
+
+        def ready() -> bool:
+            found = self.node.plane.get("deployment", CONTROLLER, "-n", NAMESPACE)
+            return bool(found["status"].get("readyReplicas") == 2)
+
+        until(ready, self.describe_controllers, seconds=PATIENCE)
+
+    def describe_controllers(self) -> str:
+        plane = self.node.plane
+        parts = [plane.kubectl("get", "pods,events", "-n", NAMESPACE)]
+        for pod in self.pods(CONTROLLER):
+            parts.append(plane.kubectl("logs", pod["metadata"]["name"], "-n", NAMESPACE))
+        return "\n".join(parts)
 
     def verb(self, *arguments: str) -> str:
         """What a verb in the agent's pod prints, whether it is so or not."""
@@ -92,6 +112,15 @@ class Agent:
             )
         except KubectlError as error:
             return str(error)
+
+    def metric(self, name: str) -> float:
+        """Of the agent, by the address that Prometheus would ask."""
+        address = self.wait_ready()["status"]["podIP"]
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{address}:9810/metrics", timeout=10) as page:
+            text = page.read().decode()
+        (line,) = [line for line in text.splitlines() if line.split(" ")[0] == name]
+        return float(line.split()[1])
 
     def process(self) -> psutil.Process:
         """The agent's, as the host sees it."""

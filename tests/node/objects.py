@@ -104,13 +104,15 @@ class Pod:
         found = self._plane.request("GET", path).ok()
         return [one["message"] for one in found["items"] for _ in range(one.get("count") or 1)]
 
-    def wait_running(self, name: str = "server", *, restarts: int = 0) -> "Pod":
+    def wait_running(
+        self, name: str = "server", *, restarts: int = 0, seconds: float = PATIENCE
+    ) -> "Pod":
         def runs() -> bool:
             status = self.container(name)
             assert status.get("restartCount", 0) <= restarts, status
             return "running" in status.get("state", {}) and status["restartCount"] == restarts
 
-        until(runs, self.describe, seconds=PATIENCE)
+        until(runs, self.describe, seconds=seconds)
         return self
 
     def run(self, *command: str, container: str = "server") -> str:
@@ -119,8 +121,8 @@ class Pod:
             "exec", self.name, "-n", self.namespace, "-c", container, "--", *command
         )
 
-    def log(self, container: str) -> str:
-        return self._plane.kubectl("logs", self.name, "-n", self.namespace, "-c", container)
+    def log(self, container: str, *flags: str) -> str:
+        return self._plane.kubectl("logs", self.name, "-n", self.namespace, "-c", container, *flags)
 
     def end(self) -> None:
         """Have its server end, and so be started again."""

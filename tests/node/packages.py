@@ -20,14 +20,19 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loca
 _HOST_TOOLS = ("apt-get", "dpkg", "ldconfig", "unshare", "nsenter", "setpriv", "ip", "openssl")
 
 
+def lacks() -> str:
+    """Why no node can run here; "" where one can."""
+    missing = [tool for tool in _HOST_TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"no {', '.join(missing)}; a Debian or Ubuntu machine has them"
+    return "" if os.geteuid() == 0 else "needs root"
+
+
 def need_host() -> None:
     """Skip, with one line that says why, where no node can run; with CI=true that is a failure."""
-    missing = [tool for tool in _HOST_TOOLS if shutil.which(tool) is None]
-    if os.geteuid() == 0 and not missing:
+    if not (lack := lacks()):
         return
-    told = "NOT TESTED on a real node: " + (
-        f"no {', '.join(missing)}; a Debian or Ubuntu machine has them" if missing else "needs root"
-    )
+    told = f"NOT TESTED on a real node: {lack}"
     if os.environ.get("CI") == "true":
         pytest.fail(told, pytrace=False)
     pytest.skip(told)

@@ -20,7 +20,7 @@ from tests.machine import until
 from tests.node.archive import pack
 from tests.node.installation import GROUP
 from tests.node.node import BUSYBOX, Node
-from tests.node.objects import PATIENCE, SLEEP, Pod
+from tests.node.objects import PATIENCE, SLEEP, Pod, claim, volume
 from tests.node.packages import CACHE, made_once, run, unpacked
 
 INITIALIZER = "localhost/storage-initializer:dev"
@@ -63,11 +63,13 @@ def initializer_image() -> Path:
 class Tenant:
     """A namespace of a team, labelled for the cache."""
 
-    def __init__(self, node: Node, hub: Hub, name: str, *, restricted: bool = False) -> None:
+    def __init__(
+        self, node: Node, hub: Hub, name: str, *, restricted: bool = False, label: bool = True
+    ) -> None:
         self.node = node
         self.name = name
         self._hub = hub
-        labels = {"localmodel-agent.io/inject": "enabled"}
+        labels = {"localmodel-agent.io/inject": "enabled"} if label else {}
         if restricted:
             labels["pod-security.kubernetes.io/enforce"] = "restricted"
         metadata = {"name": name, "labels": labels}
@@ -107,16 +109,19 @@ class Tenant:
         ]
         return pod
 
-    def rewritten(self, name: str, uri: str, claim: str) -> dict[str, Any]:
+    def rewritten(self, name: str, uri: str, claim_name: str) -> dict[str, Any]:
         """The pod as KServe made it onto a claim of its own."""
         pod = golden("cached-hf")
         self._here(pod, name)
         notes = pod["metadata"]["annotations"]
         kserve = "internal.serving.kserve.io"
         old = notes[f"{kserve}/localmodel-sourceuri"]
-        notes |= {f"{kserve}/localmodel-sourceuri": uri, f"{kserve}/localmodel-pvc-name": claim}
-        (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "kserve-pvc-source"]
-        volume["persistentVolumeClaim"]["claimName"] = claim
+        notes |= {
+            f"{kserve}/localmodel-sourceuri": uri,
+            f"{kserve}/localmodel-pvc-name": claim_name,
+        }
+        (source,) = [v for v in pod["spec"]["volumes"] if v["name"] == "kserve-pvc-source"]
+        source["persistentVolumeClaim"]["claimName"] = claim_name
         for mount in pod["spec"]["containers"][0]["volumeMounts"]:
             if "subPath" in mount:
                 mount["subPath"] = mount["subPath"].replace(cache_key(old), cache_key(uri))
@@ -151,3 +156,15 @@ def tree(pod: Pod, path: str = "/mnt/models") -> dict[str, str]:
     script = 'cd "$1" && find -L . -type f | sort | xargs sha256sum'
     lines = pod.run("sh", "-c", script, "sh", path, container=SERVER).splitlines()
     return {name.removeprefix("./"): digest for digest, name in map(str.split, lines)}
+
+
+def claim_of_kserve(tenant: Tenant, name: str) -> None:
+    """The volume and claim that KServe's controller makes for an InferenceService."""
+    made = volume(f"{name}-{tenant.name}", Path("/models"))
+    wanted = claim(name)
+    wanted["metadata"]["namespace"] = tenant.name
+    wanted["spec"]["volumeName"] = made["metadata"]["name"]
+    plane = tenant.node.plane
+    plane.apply(made, wanted)
+    path = f"/api/v1/namespaces/{tenant.name}/persistentvolumeclaims/{name}"
+    until(lambda: plane.request("GET", path).ok()["status"].get("phase") == "Bound", "not bound")

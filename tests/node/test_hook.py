@@ -16,9 +16,8 @@ from tests.fakes.hub import Hub, Slow
 from tests.machine import until
 from tests.node.installation import CONTROLLER, GROUP, Agent
 from tests.node.node import BUSYBOX, on_host
-from tests.node.objects import PATIENCE, SLEEP, Pod, claim
-from tests.node.objects import volume as kserve_volume
-from tests.node.tenants import SERVER, Tenant, initializer_image, tree
+from tests.node.objects import PATIENCE, SLEEP, Pod
+from tests.node.tenants import SERVER, Tenant, claim_of_kserve, initializer_image, tree
 
 NAMES = ("config.json", "model.safetensors", "sub/dir/tokenizer.json")
 
@@ -43,20 +42,8 @@ def serving(agent: Agent) -> Agent:
     """With both controllers ready, and an initializer to wrap."""
     agent.node.load(initializer_image())
 
-    def ready() -> bool:
-        found = agent.node.plane.get("deployment", CONTROLLER, "-n", NAMESPACE)
-        return bool(found["status"].get("readyReplicas") == 2)
-
-    until(ready, lambda: _controllers(agent), seconds=PATIENCE)
+    agent.wait_controllers()
     return agent
-
-
-def _controllers(agent: Agent) -> str:
-    plane = agent.node.plane
-    parts = [plane.kubectl("get", "pods,events", "-n", NAMESPACE)]
-    for pod in agent.pods(CONTROLLER):
-        parts.append(plane.kubectl("logs", pod["metadata"]["name"], "-n", NAMESPACE))
-    return "\n".join(parts)
 
 
 @pytest.fixture
@@ -83,7 +70,9 @@ def test_a_predictor_starts_from_the_cache_and_asks_no_origin(
     before = sent(serving.hub, repo)
     pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
     notes = pod.get()["metadata"]["annotations"]
-    assert notes["localmodel-agent.io/keys"] == cache_key(f"hf://{repo}"), _controllers(serving)
+    assert notes["localmodel-agent.io/keys"] == cache_key(f"hf://{repo}"), (
+        serving.describe_controllers()
+    )
     pod.wait_running(SERVER)
     assert tree(pod) == digests(repo)
     assert "from this node's cache" in pod.log("storage-initializer")
@@ -130,7 +119,7 @@ def test_a_model_that_does_not_fit_is_downloaded_by_the_pod(serving: Agent, tena
         serving.want("too-large", repo)
         pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
         downloaded_by_itself(pod, repo)
-        assert "the cache cannot bring it: InsufficientCapacity" in pod.log("storage-initializer")
+        assert "the cache cannot bring it: LargerThanVolume" in pod.log("storage-initializer")
     finally:
         plane.request("PATCH", group, {"spec": {"storageLimit": limit}}).ok()
         serving.forget("too-large")
@@ -164,7 +153,8 @@ def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Te
     serving.want("abandoned", repo)
     agent = serving.process()
     try:
-        until(lambda: serving.status().get("abandoned") == "ModelDownloading", serving.describe)
+        progress = on_host("/models") / layout.progress(cache_key(f"hf://{repo}"))
+        until(progress.exists, serving.describe)
         agent.suspend()  # to its pod, as good as dead; and kubelet does not start it again yet
         pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
         pod.wait_running("storage-initializer")
@@ -317,6 +307,20 @@ def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None
     until(lambda: not model.exists(), serving.describe, seconds=PATIENCE)
 
 
+def test_a_pod_makes_an_on_demand_model_come(serving: Agent, tenant: Tenant) -> None:
+    repo = "acme/on-demand"
+    uri = f"hf://{repo}"
+    serving.hub.add(repo, files(repo))
+    serving.node.plane.apply(cache("on-demand", uri, [GROUP], policy="on-demand"))
+    model = serving.want("on-demand", repo)
+    until(lambda: serving.status().get("on-demand") == "ModelDownloadPending", serving.describe)
+    pod = tenant.create(tenant.predictor("p", uri, NAMES)).wait_running(SERVER)
+    assert tree(pod) == digests(repo)
+    assert "from this node's cache" in pod.log("storage-initializer")
+    assert sent(serving.hub, repo) == sum(map(len, files(repo).values()))
+    assert model.is_dir()
+
+
 def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> None:
     repo = "acme/plain"
     uri = f"hf://{repo}"
@@ -366,6 +370,9 @@ def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tena
         made.wait_running(SERVER)
         assert tree(made) == digests(repo)
         assert made.log("storage-initializer").split() == ["downloaded", uri]
+        (told,) = until(lambda: made.events("CacheBypassed"), serving.describe)
+        assert f"downloads {uri} itself, though this node has it" in told
+        assert serving.metric("localmodel_pods_bypassed_total") >= 1
     finally:
         scale(serving, 2)
     again = tenant.create(tenant.predictor("again", uri, NAMES))
@@ -383,19 +390,7 @@ def scale(serving: Agent, replicas: int) -> None:
         pods = plane.get("pods", "-n", NAMESPACE, "-l", label)["items"]  # and those that end
         return int(status.get("readyReplicas", 0)) == replicas == len(pods)
 
-    until(done, lambda: _controllers(serving), seconds=PATIENCE)
-
-
-def claim_of_kserve(tenant: Tenant, name: str) -> None:
-    """The volume and claim that KServe's controller makes for an InferenceService."""
-    volume = kserve_volume(f"{name}-{tenant.name}", Path("/models"))
-    wanted = claim(name)
-    wanted["metadata"]["namespace"] = tenant.name
-    wanted["spec"]["volumeName"] = volume["metadata"]["name"]
-    plane = tenant.node.plane
-    plane.apply(volume, wanted)
-    path = f"/api/v1/namespaces/{tenant.name}/persistentvolumeclaims/{name}"
-    until(lambda: plane.request("GET", path).ok()["status"].get("phase") == "Bound", "not bound")
+    until(done, serving.describe_controllers, seconds=PATIENCE)
 
 
 def modes(root: Path) -> dict[str, tuple[int, int, int]]:
