@@ -1,8 +1,8 @@
 """`make bench`: a verified download by us, by curl and by huggingface_hub, from one local hub;
-then the agent on a real API server (bench/cluster.py), its upkeep (bench/upkeep.py), and pods that
-start on a real node (bench/node.py).
+then the agent on a real API server (bench/cluster.py), its upkeep (bench/upkeep.py), the admission
+hook of a large cluster (bench/hook.py), and pods that start on a real node (bench/node.py).
 
-    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster|upkeep|node]
+    python -m bench [--runs 5] [--scale 1.0] [--only downloads|cluster|upkeep|hook|node]
 
 Runs are interleaved (A B C A B C ...), so that a machine that slows down slows everybody. Everybody
 must end with every byte on disk and its SHA-256 known: the peers do not verify, so their digest is
@@ -21,20 +21,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cluster, node, upkeep
+from bench import cluster, hook, node, upkeep
 from bench.origin import Origin, Shape, shapes
 from bench.peers import Peer, Result, peers
 from tests.node.packages import lacks
 
-_PARTS = ("downloads", "cluster", "upkeep", "node")
+_PARTS = ("downloads", "cluster", "upkeep", "hook", "node")
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     flags.add_argument("--runs", type=int, default=5)
-    flags.add_argument(
-        "--only", choices=("downloads", "cluster", "upkeep", "node"), help="one part of it"
-    )
+    flags.add_argument("--only", choices=_PARTS, help="one part of it")
     flags.add_argument("--scale", type=float, default=1.0, help="of the sizes, to try it out")
     arguments = flags.parse_args()
     print(machine())
@@ -43,11 +41,13 @@ def main() -> None:
         downloads(arguments.runs, arguments.scale)
     if only in (None, "upkeep"):
         upkeep.run(arguments.runs)
-    if only in (None, "cluster"):
+    for part, measured in (("cluster", cluster.run), ("hook", hook.run)):
+        if only not in (None, part):
+            continue
         if cluster.available():
-            cluster.run(arguments.runs)
+            measured(arguments.runs)
         else:
-            print("\nNOT MEASURED: the cluster part needs its binaries; run make control-plane")
+            print(f"\nNOT MEASURED: the {part} part needs its binaries; run make control-plane")
     if only in (None, "node"):
         if lack := lacks():
             print(f"\nNOT MEASURED: pods on a real node: {lack}")

@@ -48,19 +48,19 @@ def run(runs: int) -> None:
         agent = node.start().wait_ready()
         print("\nOn a real API server (RBAC on), one node")
         began, said = zip(*(_one(node, hub, number) for number in range(runs)), strict=True)
-        _report("spec written to first byte asked for", [1000 * s for s in began], "ms")
-        _report("last byte sent to ModelDownloaded in the API", [1000 * s for s in said], "ms", 250)
+        report("spec written to first byte asked for", [1000 * s for s in began], "ms")
+        report("last byte sent to ModelDownloaded in the API", [1000 * s for s in said], "ms", 250)
         before = sum(count for verb, count in proxy.requests.items() if verb != "WATCH")
         time.sleep(_IDLE_SECONDS)
         after = sum(count for verb, count in proxy.requests.items() if verb != "WATCH")
-        _report(
+        report(
             "requests of an idle agent, no watches",
             [(after - before) * 60 / _IDLE_SECONDS],
             "/min",
             2,
         )
-        _report("RSS, idle", [_rss(agent)], "MiB", 110)
-        _report("RSS, peak of a download of 512 MiB", [_peak(node, hub, agent)], "MiB", 160)
+        report("RSS, idle", [_rss(agent)], "MiB", 110)
+        report("RSS, peak of a download of 512 MiB", [_peak(node, hub, agent)], "MiB", 160)
 
 
 def _one(node: Node, hub: Hub, number: int) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def _rss(agent: Agent) -> float:
     return size / _MIB
 
 
-def _report(what: str, numbers: list[float], unit: str, reach: float | None = None) -> None:
+def report(what: str, numbers: list[float], unit: str, reach: float | None = None) -> None:
     median = statistics.median(numbers)
     spread = f"{min(numbers):.0f}-{max(numbers):.0f}" if len(numbers) > 1 else ""
     goal = "" if reach is None else f"reach {reach:g}: {'yes' if median <= reach else 'NO'}"

@@ -252,7 +252,7 @@ class _Asked:
         """The longest that holds it; those of the namespace first, as KServe does."""
         holding = [
             cache
-            for cache in self.world.caches
+            for cache in self.world.holding(uri)
             if cache.namespace in ("", self.namespace) and cache.rest(uri) is not None
         ]
         return min(

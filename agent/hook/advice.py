@@ -116,9 +116,8 @@ def _of_modelmesh(spec: Json, world: World, namespace: str) -> list[_Model]:
 def _without_such_a_gpu(spec: Json, world: World, group: str) -> Iterator[str]:
     if group not in world.groups:
         return
-    nodes = world.in_group(group)
-    there = {name for node in world.nodes if node.name in nodes for name in node.extended}
-    for name in sorted(extended(spec) - there) if nodes else ():
+    missing = extended(spec) - world.offered(group) if world.in_group(group) else ()
+    for name in sorted(missing):
         yield (
             f"no node of the group {cut(group, 60)} has any {cut(name, 80)}, which the pod asks"
             " for; ask for what its nodes have, or name another group"

@@ -7,8 +7,9 @@ know whether a pod could go anywhere else.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from agent.hook.spec import Json, at, containers
@@ -37,21 +38,28 @@ def selects(selector: Any, node: Node) -> bool:
 
 def allowed(pod: Json, nodes: Iterable[Node]) -> frozenset[str]:
     """The names of the nodes on which the scheduler could put a pod with this spec at all."""
-    needs = extended(pod)  # once: a cluster has thousands of nodes, and a pod may be large
-    return frozenset(node.name for node in nodes if needs <= node.extended and _fits(pod, node))
+    left = list(nodes)
+    for demand in _demands(pod):
+        left = [node for node in left if demand(node)]
+    return frozenset(node.name for node in left)
 
 
-def _fits(pod: Json, node: Node) -> bool:
+def _demands(pod: Json) -> Iterator[Callable[[Node], bool]]:
+    """What this pod asks of a node, and nothing else: a cluster has thousands, and a pod may be
+    large, so it is read once."""
+    if name := pod.get("nodeName"):
+        yield lambda node: node.name == name
+    if chosen := (pod.get("nodeSelector") or {}).items():
+        yield lambda node: chosen <= node.labels.items()
     required = at(pod, "affinity", "nodeAffinity").get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     )
-    chosen = pod.get("nodeSelector") or {}
-    return (
-        all(node.labels.get(name) == value for name, value in chosen.items())
-        and (required is None or selects(required, node))
-        and pod.get("nodeName") in (None, "", node.name)
-        and all(_tolerated(taint, pod.get("tolerations") or []) for taint in node.taints)
-    )
+    if required is not None:
+        yield partial(selects, required)
+    if needs := extended(pod):
+        yield lambda node: needs <= node.extended
+    tolerations = pod.get("tolerations") or []
+    yield lambda node: all(_tolerated(taint, tolerations) for taint in node.taints)
 
 
 def _term_holds(term: Json, node: Node) -> bool:

@@ -1,7 +1,7 @@
 """What the hook knows when a pod comes: watched objects, as values."""
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -79,8 +79,29 @@ class World:
     capacity: Mapping[str, int] = field(default_factory=dict)
     job_namespace: str = ""
 
+    def holding(self, uri: str) -> Iterator[Cache]:
+        """The caches of a URI, or of what it is a part of, of whatever namespace."""
+        asked = uri.removesuffix("/")
+        for length, found in self._by_prefix.items():
+            if asked[length : length + 1] in ("", "/"):
+                yield from found.get(asked[:length], ())
+
+    @cached_property
+    def _by_prefix(self) -> Mapping[int, Mapping[str, list[Cache]]]:
+        """By its length first: a URI has as many beginnings as slashes, and somebody else wrote
+        it."""
+        found: dict[int, dict[str, list[Cache]]] = {}
+        for cache in self.caches:
+            same_length = found.setdefault(len(cache.prefix), {})
+            same_length.setdefault(cache.prefix, []).append(cache)
+        return found
+
     def in_group(self, group: str) -> frozenset[str]:
         return self._members[group]
+
+    def offered(self, group: str) -> frozenset[str]:
+        """The extended resources that a node of this group has some of."""
+        return self._offered[group]
 
     @cached_property
     def _members(self) -> Mapping[str, frozenset[str]]:
@@ -92,4 +113,16 @@ class World:
                 if group.selector is None or selects(group.selector, node)
             )
             for name, group in self.groups.items()
+        }
+
+    @cached_property
+    def _offered(self) -> Mapping[str, frozenset[str]]:
+        return {
+            name: frozenset(
+                resource
+                for node in self.nodes
+                if node.name in members
+                for resource in node.extended
+            )
+            for name, members in self._members.items()
         }

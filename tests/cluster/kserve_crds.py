@@ -44,19 +44,42 @@ def kserve_crds() -> list[Schema]:
 
 def storage_containers_crd() -> Schema:
     """KServe's ClusterStorageContainers, which we read and do not install; any field is kept."""
+    return _any_crd("ClusterStorageContainer", "Cluster", "v1alpha1", disabled="boolean")
+
+
+def service_crds() -> list[Schema]:
+    """What KServe's users write; nobody does anything with it here."""
+    return [
+        _any_crd("InferenceService", "Namespaced", "v1beta1"),
+        _any_crd("ServingRuntime", "Namespaced", "v1alpha1"),
+        _any_crd("LLMInferenceService", "Namespaced", "v1alpha2", "v1alpha1"),
+    ]
+
+
+def _any_crd(kind: str, scope: str, *versions: str, **beside: str) -> Schema:
+    """With a spec in which any field is kept; the first version is the stored one. `beside` are
+    types of fields beside the spec."""
     anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    schema = {"type": "object", "properties": {"spec": anything, "disabled": {"type": "boolean"}}}
-    names = {"kind": "ClusterStorageContainer", "plural": "clusterstoragecontainers"}
-    version = {"name": "v1alpha1", "served": True, "storage": True}
+    others = {name: {"type": kind_of} for name, kind_of in beside.items()}
+    schema = {"type": "object", "properties": {"spec": anything, **others}}
+    plural = f"{kind.lower()}s"
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": "clusterstoragecontainers.serving.kserve.io"},
+        "metadata": {"name": f"{plural}.serving.kserve.io"},
         "spec": {
             "group": "serving.kserve.io",
-            "names": names,
-            "scope": "Cluster",
-            "versions": [{**version, "schema": {"openAPIV3Schema": schema}}],
+            "names": {"kind": kind, "plural": plural},
+            "scope": scope,
+            "versions": [
+                {
+                    "name": name,
+                    "served": True,
+                    "storage": name == versions[0],
+                    "schema": {"openAPIV3Schema": schema},
+                }
+                for name in versions
+            ],
         },
     }
 

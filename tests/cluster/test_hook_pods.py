@@ -6,7 +6,6 @@ goes both ways here: patched and then defaulted, defaulted and then patched, mus
 """
 
 import os
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,26 +18,11 @@ from agent.hook.world import World
 from agent.model import cache_key
 from tests.cluster.control_plane import Answer, ControlPlane
 from tests.hook.generated import generated_pods, named_pods
-from tests.hook.patches import changes, patched
+from tests.hook.patches import check_only_ours, patched
 from tests.hook.pods import LLAMA, WORLD, cases, golden
 
 NEARER = replace(WORLD, holders={cache_key(LLAMA): frozenset({"a"})})
 """One of the two nodes has the model: the pod is asked to prefer it."""
-
-OURS = re.compile(
-    r"/metadata/annotations/localmodel-agent.io~1(injected|keys)"
-    r"|/spec/(volumes|(initContainers|containers)/\d+/volumeMounts)/\d+"
-    r"|/spec/initContainers/\d+/command/\d+"
-    r"|/spec/affinity/nodeAffinity/preferredDuringSchedulingIgnoredDuringExecution/\d+"
-)
-"""What is added."""
-
-CHANGED = re.compile(
-    r"/spec/initContainers/\d+/command/\d+"
-    r"|/spec/volumes/\d+/persistentVolumeClaim/readOnly"
-    r"|/spec/(initContainers|containers)/\d+/volumeMounts/\d+/subPath"
-)
-"""What may be another than it was: the last two only where KServe rewrote the pod."""
 
 _EXAMPLES = int(os.environ.get("HOOK_EXAMPLES", "40"))
 
@@ -94,23 +78,13 @@ def helped(plane: ControlPlane, pod: dict[str, Any], world: World) -> dict[str, 
     answer = judged(plane, after)
     stored = kept(answer)
     assert answer.warnings == plain.warnings
-    _check_only_ours(pod, after)
+    check_only_ours(pod, after)
     for one in (after, stored):
         assert mutate(one, world, namespace=space) == Skip(why=Why.DONE)
     of_defaulted = mutate(defaulted, world, namespace=space)
     assert isinstance(of_defaulted, Mutation), of_defaulted
     assert patched(defaulted, of_defaulted.patch) == stored
     return after
-
-
-def _check_only_ours(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for pointer, (old, new) in changes(before, after).items():
-        assert new is not None, f"{pointer} has gone"
-        assert OURS.fullmatch(pointer) or CHANGED.fullmatch(pointer), pointer
-        if old is not None:
-            assert CHANGED.fullmatch(pointer), (pointer, old, new)
-        elif isinstance(new, dict) and "weight" not in new:
-            assert new["name"] == "localmodel-cache", (pointer, new)
 
 
 @pytest.mark.parametrize("case", list(cases()))

@@ -1,8 +1,24 @@
-"""JSON Patch (RFC 6902), as much of it as the hook sends."""
+"""JSON Patch (RFC 6902), as much of it as the hook sends; and what it may change at all."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+OURS = re.compile(
+    r"/metadata/annotations/localmodel-agent.io~1(injected|keys)"
+    r"|/spec/(volumes|(initContainers|containers)/\d+/volumeMounts)/\d+"
+    r"|/spec/initContainers/\d+/command/\d+"
+    r"|/spec/affinity/nodeAffinity/preferredDuringSchedulingIgnoredDuringExecution/\d+"
+)
+"""What is added."""
+
+CHANGED = re.compile(
+    r"/spec/initContainers/\d+/command/\d+"
+    r"|/spec/volumes/\d+/persistentVolumeClaim/readOnly"
+    r"|/spec/(initContainers|containers)/\d+/volumeMounts/\d+/subPath"
+)
+"""What may be another than it was: the last two only where KServe rewrote the pod."""
 
 
 def patched(document: Any, patch: Iterable[Mapping[str, Any]]) -> Any:
@@ -40,6 +56,17 @@ def changes(before: Any, after: Any, pointer: str = "") -> dict[str, tuple[Any, 
         whole = isinstance(after, list) and name not in olds  # an item is added as a whole
         found |= {below: (old, new)} if whole else changes(old, new, below)
     return found
+
+
+def check_only_ours(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Hold two pods, without and with the hook, against what is promised."""
+    for pointer, (old, new) in changes(before, after).items():
+        assert new is not None, f"{pointer} has gone"
+        assert OURS.fullmatch(pointer) or CHANGED.fullmatch(pointer), pointer
+        if old is not None:
+            assert CHANGED.fullmatch(pointer), (pointer, old, new)
+        elif isinstance(new, dict) and "weight" not in new:
+            assert new["name"] == "localmodel-cache", (pointer, new)
 
 
 def _items(value: Any) -> dict[Any, Any]:

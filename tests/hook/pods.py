@@ -62,11 +62,19 @@ MIXED = (*WORLD.nodes, node("h", H100))
 
 @cache
 def _recorded() -> dict[str, Any]:
+    return _parts("kserve-pods.yaml") | _parts("kserve-pods-extra.yaml")
+
+
+@cache
+def _services() -> dict[str, Any]:
+    return _parts("kserve-services.yaml")
+
+
+def _parts(name: str) -> dict[str, Any]:
     found = {}
-    for name in ("kserve-pods.yaml", "kserve-pods-extra.yaml"):
-        for part in (DATA / name).read_text().split("# case: ")[1:]:
-            head, _, body = part.partition("\n")
-            found[head.partition(" ")[0]] = yaml.safe_load(body)
+    for part in (DATA / name).read_text().split("# case: ")[1:]:
+        head, _, body = part.partition("\n")
+        found[head.partition(" ")[0]] = yaml.safe_load(body)
     return found
 
 
@@ -74,6 +82,12 @@ def golden(case: str) -> dict[str, Any]:
     """A recorded pod; the caller's to change."""
     pod: dict[str, Any] = copy.deepcopy(_recorded()[case])
     return pod
+
+
+def recorded_service(case: str) -> dict[str, Any]:
+    """The service that it came of; not to be changed."""
+    found: dict[str, Any] = _services()[case]
+    return found
 
 
 def cases() -> Iterator[str]:
