@@ -23,7 +23,7 @@ from agent.errors import AgentError
 from agent.hook import review
 from agent.hook.review import Answer, Outcome, Request
 from agent.hook.validation import NOBODY
-from agent.keeper import Keeper
+from agent.keeper import KEPT, Keeper
 from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
@@ -36,7 +36,7 @@ from agent.sources import scheme_of
 from agent.tasks import first_of, until_told
 from agent.tls import CertificateDirectory, ServerTLS
 from agent.users import users_of
-from agent.watched import Watched
+from agent.watched import Part, Watched
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Controller:
             namespace=namespace,
             kserve_namespace=settings.kserve_namespace,
             entrypoints=settings.entrypoints,
-            changed=self._changed,
+            changed=self._heard,
         )
         self._lease = Lease(
             api,
@@ -197,10 +197,15 @@ class Controller:
         answered = self._lease.answered.is_set()
         return answered and self._lease.obstacle() is None and self._watched.listed
 
+    def _heard(self, part: Part) -> None:
+        if part in KEPT:
+            self._keeper.wake()
+        self._changed()
+
     def _changed(self) -> None:
-        self._keeper.wake()
         if (leads := self.leads()) != self._led:
             self._led = leads
+            self._keeper.wake()
             self._signing.wake()
         if not self.able.is_set() and self._watched.listed and self.tls.certificate:
             self.able.set()

@@ -17,9 +17,12 @@ from agent.hook.volumes import Action, Create, Delete, Mend, Place, Plan, mounte
 from agent.kube.client import Api, ApiError
 from agent.kube.events import Recorder, Subject
 from agent.metrics import HookMetrics
-from agent.watched import Watched
+from agent.watched import Part, Watched
 
 _log = logging.getLogger(__name__)
+
+KEPT: frozenset[Part] = frozenset({"groups", "inject", "claims", "volumes"})
+"""What is planned from. Leases and nodes change all the time, and mean nothing here."""
 
 _RULE = RULES[Reason.CLAIM_FAILED]
 _PAGE = "500"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from agent.hook import objects, volumes
 from agent.hook.objects import Heartbeat, Holding
@@ -21,6 +21,8 @@ from agent.kube.watch import Watch
 from agent.model import CacheKey
 
 T = TypeVar("T")
+
+Part = Literal["caches", "groups", "nodes", "holdings", "leases", "inject", "claims", "volumes"]
 
 _SERVING = f"/apis/{parse.GROUP}/{parse.VERSION}"
 _BEAT_SECONDS = 1.0
@@ -42,16 +44,16 @@ class Watched:
         namespace: str,
         kserve_namespace: str,
         entrypoints: Mapping[str, tuple[str, ...]],
-        changed: Callable[[], None],
+        changed: Callable[[Part], None],
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`namespace` is that of the agents' Leases."""
+        """`namespace` is that of the agents' Leases; `changed` is told what has changed."""
         self._api = api
         self._changed = changed
         self._clock = clock
         self._ticks = ticks
-        self._stale: set[str] = set()
+        self._stale: set[Part] = set()
         self._beat_at = -_BEAT_SECONDS
         self._beats: dict[str, tuple[Heartbeat, float]] = {}
         self._taken: dict[str, Holding] = {}
@@ -86,7 +88,7 @@ class Watched:
             "volumes", "/api/v1/persistentvolumes", volumes.volume, params=_OURS
         )
 
-    def _watch(self, part: str, path: str, read: Callable[[Json], T], **options: Any) -> Watch[T]:
+    def _watch(self, part: Part, path: str, read: Callable[[Json], T], **options: Any) -> Watch[T]:
         return Watch(self._api, path, parse=read, changed=partial(self._mark, part), **options)
 
     @property
@@ -140,9 +142,9 @@ class Watched:
             self._world = replace(self._world, **changes)
         return self._world
 
-    def _mark(self, part: str) -> None:
+    def _mark(self, part: Part) -> None:
         self._stale.add(part)
-        self._changed()
+        self._changed(part)
 
     def _take_holdings(self) -> None:
         """Of the nodes that have changed. `World` shares these maps with threads that read them, so

@@ -109,6 +109,7 @@ def plan(
     that a pod could mount, and all of these are in `wait`.
     """
     known = {group.name: group for group in groups}
+    hashes = {name: _hash(group) for name, group in known.items()}
     wanted = {(space, group): known[group] for space in namespaces for group in known}
     there = {claim.place: claim for claim in claims}
     made = {volume.name: volume for volume in volumes}
@@ -121,7 +122,7 @@ def plan(
     for place in sorted({*wanted, *there}):
         claim, volume = there.get(place), made.get(volume_name(place))
         group = wanted.get(place)
-        stale = group is None or (volume is not None and volume.spec_hash != _hash(group))
+        stale = group is None or (volume is not None and volume.spec_hash != hashes[group.name])
         stale = stale or (claim is not None and claim.phase == "Lost")  # its volume was taken away
         going = claim is not None and stale and not claim.deleting
         if going and (used is None or place in used):
