@@ -152,6 +152,7 @@ class Reconciler:
         fetcher.listed = lambda key: self.wake()  # what is in its place can be compared now
         self._list_again: set[CacheKey] = set()
         self._forgiven: set[CacheKey] = set()
+        self._failing: dict[CacheKey, Attempt] = {}
         self._touched: dict[CacheKey, float] = {}
         self._hears = False
         self._spared: dict[CacheKey, float] = {}
@@ -205,7 +206,8 @@ class Reconciler:
 
     def _forgive(self, key: CacheKey) -> None:
         """A changed wish, or somebody who asks by name: tried again now, whatever failed before."""
-        if self._known.attempts.pop(key, None) is not None:
+        before = self._known.attempts.pop(key, None) or self._failing.pop(key, None)
+        if before is not None:
             self._forgiven.add(key)
 
     def release(self, pull: Pull) -> None:
@@ -743,7 +745,7 @@ class Reconciler:
         if ended:
             self._known.ingests = await looking(self._store.ingests)
             await self._note_the_shared()  # files of any sealed model may have been linked
-        failed = []
+        failed, wants = [], self.wants()
         for end in ended:
             key = end.want.key
             if end.cancelled:
@@ -755,7 +757,10 @@ class Reconciler:
             else:
                 if end.bug is not None:
                     _log.error("a job for %s failed", end.want.ref.uri, exc_info=end.bug)
-                failed.append((end.want, end.error))
+                # What failed for a wish that has changed since says nothing of the new one: a file
+                # policy that refused, say, and for good.
+                if wants.get(key, end.want) == end.want:
+                    failed.append((end.want, end.error))
         if failed:
             await self._failed(*failed)
 
@@ -801,23 +806,21 @@ class Reconciler:
             await self._index.record_refreshed(key, token)
 
     async def _failed(self, *failures: tuple[Want, AgentError]) -> None:
-        attempts = [self._note_failure(want, error) for want, error in failures]
-        # Both now: a pull that comes before the end of this turn forgives it; and who has read when
-        # it is tried again must find it so after a restart.
-        for attempt in attempts:
+        """Written down before it is shown: the next life must know what this one refused. A pull or
+        a changed wish that comes meanwhile forgives it (`_forgive`)."""
+        self._failing = {want.key: self._next_attempt(want, error) for want, error in failures}
+        for attempt in list(self._failing.values()):
             await self._index.record_attempt(attempt)
+        self._known.attempts |= self._failing
+        self._failing = {}
         await self._publish()
 
-    def _note_failure(self, want: Want, error: AgentError) -> Attempt:
-        key = want.key
-        attempt = next_attempt(
-            key, self._known.attempts.get(key), error, now=self._clock(), dice=self._dice
-        )
-        self._known.attempts[key] = attempt
+    def _next_attempt(self, want: Want, error: AgentError) -> Attempt:
         if error.reason in _LIST_AGAIN:
-            self._list_again.add(key)
+            self._list_again.add(want.key)
         self._metrics.download_failed(scheme(want), error.reason)
-        return attempt
+        before = self._known.attempts.get(want.key)
+        return next_attempt(want.key, before, error, now=self._clock(), dice=self._dice)
 
     async def _publish(self) -> None:
         facts, desired, doubts = self.facts(), self._known.desired, self._proofs.doubts()

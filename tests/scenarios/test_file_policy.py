@@ -114,6 +114,19 @@ async def test_what_is_refused_is_never_on_offer(
         assert [operation for operation, _ in volume.source.calls].count("locate") == 3
 
 
+async def test_what_a_wish_refused_is_not_held_against_the_next(volume: Volume) -> None:
+    """Which came while the job for the other was running."""
+    volume.source.add(URI, HIDDEN)
+    async with volume.turning():
+        with volume.source.held("locate"):
+            volume.want(URI, file_policy=FilePolicy.REFUSE)
+            await volume.reach(URI, Phase.FETCHING)
+            volume.want(URI, file_policy=FilePolicy.WARN)
+            await volume.turn()
+        await volume.reach(URI, Phase.READY)
+        assert volume.reconciler.failure(KEY) is None
+
+
 async def test_what_an_archive_holds_is_refused_before_it_is_unpacked(volume: Volume) -> None:
     volume.source.add(URI, {"model.tar": tarball(PICKLED, mode="w")})
     async with volume.turning():
