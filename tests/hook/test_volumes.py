@@ -256,8 +256,8 @@ def test_a_claim_that_may_be_in_use_waits(used: set[Place] | None) -> None:
 def _bound(**change: Any) -> tuple[Claim, Volume]:
     """A claim and its volume, as they are in the cluster."""
     status = {"status": {"phase": "Bound"}}
-    return replace(claim(claim_body(PLACE, GPU) | status), **change), volume(
-        volume_body(PLACE, GPU) | status
+    return replace(claim({**claim_body(PLACE, GPU), **status}), **change), volume(
+        {**volume_body(PLACE, GPU), **status}
     )
 
 
@@ -268,7 +268,7 @@ def test_a_claim_is_offered_while_it_is_to_stay() -> None:
     assert offered([GPU], ["team-a"], [made], [there]) == {PLACE}
     assert not offered([GPU], [], [made], [there]), "the namespace has lost its label"
     assert not offered([], ["team-a"], [made], [there]), "the group has gone"
-    affinity = {"required": {"nodeSelectorTerms": [{"matchExpressions": []}]}}
+    affinity: dict[str, Any] = {"required": {"nodeSelectorTerms": [{"matchExpressions": []}]}}
     changed = replace(GPU, volume={**GPU.volume, "nodeAffinity": affinity})
     assert not offered([changed], ["team-a"], [made], [there])
     assert not offered([GPU], ["team-a"], [made], [replace(there, deleting=True)])
