@@ -127,9 +127,13 @@ class Watched:
             changes["groups"] = dict(self.groups.objects)
         if "nodes" in stale:
             changes["nodes"] = tuple(node for node in self._nodes.objects.values() if node)
-        if "claims" in stale:
-            bound = (claim.place for claim in self.claims.objects.values() if claim.bound)
-            changes["claims"] = frozenset(bound)
+        if stale & {"claims", "volumes", "groups", "inject"}:
+            changes["claims"] = volumes.offered(
+                self.groups.objects.values(),
+                self.injected,
+                self.claims.objects.values(),
+                self.volumes.objects.values(),
+            )
         if "inject" in stale:
             changes["inject"] = self.injected
         if "holdings" in stale:

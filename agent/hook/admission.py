@@ -14,7 +14,7 @@ nodes live, and the pod can run on no other nodes or names the group itself.
 import json
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ MOUNT = "/mnt/localmodel"
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _WAIT_SECONDS = 30 * 60
+_MOST_PAGE = 100 * 1024  # bytes: Linux takes no argument of 128 KiB, and starts nothing then
 _MOST_ANNOTATIONS = 256 * 1024  # bytes of all that an object has; the API server's own limit
 _MOST_MOUNTS = 1000  # that are added to one pod
 _MOST_SCHEDULING = 16 * 1024  # bytes of what each node is compared with
@@ -51,7 +52,9 @@ def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
     of its own yet. The same answer for the same arguments; of its own result, Skip(DONE)."""
     metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
     labels, notes = metadata.get("labels") or {}, metadata.get("annotations") or {}
-    asked = _Asked(pod, spec, labels, notes, namespace, world)
+    volumes = spec.get("volumes") or ()
+    scratch = frozenset(name_of(v) for v in volumes if v.get("emptyDir") is not None)
+    asked = _Asked(pod, spec, labels, notes, namespace, world, scratch)
     try:
         return asked.answer()
     except _Left as left:
@@ -68,7 +71,7 @@ class _Left(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One pod and all that is known."""
+    """One pod and all that is known; `scratch` are the names of its `emptyDir` volumes."""
 
     pod: Json
     spec: Json
@@ -76,6 +79,7 @@ class _Asked:
     notes: Json
     namespace: str
     world: World
+    scratch: frozenset[str]
 
     def answer(self) -> Mutation:
         initializer = self._initializer()
@@ -118,18 +122,14 @@ class _Asked:
         found = self._cached(uri for uri, _ in pairs)
         if not found:
             raise _Left(Why.NO_CACHE)
+        _check_not_expanded(initializer)
         if variables.get("CONFIDENTIAL_ENABLED", "").lower() not in ("", "false"):
             raise _Left(Why.CONFIDENTIAL)
-        self._check_patterns(variables, found.values())
+        self._check_patterns(initializer, variables, found.values())
         entrypoint = self._entrypoint(initializer)
         group = self._group(list(found.values()))
         taken = {uri: cache for uri, cache in found.items() if group in cache.groups}
-        places = [_directory(place) for uri, place in pairs if uri in taken]
-        volumes = {
-            name_of(mount)
-            for mount in mounts(initializer)
-            if any(place.startswith(_directory(mount.get("mountPath"))) for place in places)
-        }
+        volumes = self._destinations(initializer, [place for uri, place in pairs if uri in taken])
         wrapped = command(
             [
                 Pair(uri=uri, key=cache.key, cached=cache.uri, rest=cache.rest(uri) or "")
@@ -139,13 +139,15 @@ class _Asked:
             limit_seconds=_wait_seconds(self.notes.get(f"{PREFIX}/wait")),
             entrypoint=entrypoint,
         )
+        if len(wrapped[2].encode(errors="replace")) > _MOST_PAGE:
+            raise _Left(Why.ODD, "its arguments are so long")
         patch = [
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
         ]
         whole = {"name": VOLUME, "mountPath": MOUNT}
         patch += self._with_mount(f"/spec/initContainers/{index}", initializer, whole)
-        made = [mount for mount in mounts(initializer) if not mount.get("readOnly")]
+        made = {_shown(mount) for mount in mounts(initializer) if not mount.get("readOnly")}
         for path, container in containers(self.spec):
             if container is not initializer and volumes & set(map(name_of, mounts(container))):
                 patch += self._with_mount(path, container, whole, made=made)
@@ -154,6 +156,21 @@ class _Asked:
         return self._mutation(
             patch, keys, group, f"wrapped: {few(taken)} from the cache of {group}"
         )
+
+    def _destinations(self, initializer: Json, places: Iterable[str]) -> set[str]:
+        """The volumes that these are in. Links are for this pod: in a volume that outlives it, or
+        that others mount, they would lead nowhere."""
+        found = {_directory(mount.get("mountPath")): mount for mount in mounts(initializer)}
+        volumes = set()
+        for place in map(_directory, places):
+            around = [directory for directory in found if place.startswith(directory)]
+            if not around:
+                continue
+            volume = name_of(found[max(around, key=len)])
+            if volume not in self.scratch:
+                raise _Left(Why.ODD, f"the volume {volume} of {place} is no emptyDir")
+            volumes.add(volume)
+        return volumes
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         """Of an image that nobody knows it is not known either whether it has a shell to run the
@@ -165,9 +182,15 @@ class _Asked:
         command = initializer.get("command")
         return [str(word) for word in command] if command else self.world.entrypoints[name]
 
-    def _check_patterns(self, variables: Mapping[str, str], caches: Iterable[Cache]) -> None:
-        """Of a container that chooses files nobody can say here whether they are the same."""
+    def _check_patterns(
+        self, initializer: Json, variables: Mapping[str, str], caches: Iterable[Cache]
+    ) -> None:
+        """Of a container that chooses files nobody can say here whether they are the same; nor
+        whether a map or a Secret chooses, which it takes its variables from."""
         chooses = [name for name in PATTERNS if variables.get(name)]
+        prefixes = [str(source.get("prefix") or "") for source in initializer.get("envFrom") or ()]
+        if any(name.startswith(prefix) for name in PATTERNS for prefix in prefixes):
+            chooses.append("envFrom")
         if chooses or any(cache.include or cache.exclude for cache in caches):
             raise _Left(Why.PATTERNS, ", ".join(chooses))
 
@@ -218,17 +241,17 @@ class _Asked:
     def _mounted(self, named: Mapping[str, tuple[str, str]]) -> Mutation:
         if self.namespace not in self.world.inject:
             raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
+        if len(named) > _MOST_MODELS:
+            raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
         found = self._cached(uri for uri, _ in named.values())
         if missing := sorted({uri for uri, _ in named.values()} - found.keys()):
             raise _Left(Why.NO_SUCH_CACHE, few(missing))
         group = self._group(list(found.values()))
         if not all(group in cache.groups for cache in found.values()):
             raise _Left(Why.NO_SUCH_CACHE, "no one node group has all of them")
-        if len(named) > _MOST_MODELS:
-            raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
         if len(named) * len(containers(self.spec)) > _MOST_MOUNTS:
             raise _Left(Why.ODD, "so many models in so many containers")
-        _check_places([place for _, place in named.values()], apart=True)
+        _check_places([place for _, place in named.values()])
         mounted = [
             {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
             for uri, place in named.values()
@@ -272,7 +295,7 @@ class _Asked:
             detail = f"not in the node group {named}" if named else "its node groups do not exist"
             raise _Left(Why.NO_SUCH_CACHE, detail)
         known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
-        places = frozenset() if named is not None else allowed(self.spec, self.world.nodes)
+        places = allowed(self.spec, self.world.nodes)
         refusals = []
         for group in known:
             refusal = self._refusal(group, places, named=named is not None)
@@ -289,6 +312,8 @@ class _Asked:
             return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
             return _Left(Why.NO_AGENT, few(silent))
+        if named and not places & nodes:
+            return _Left(Why.ODD, f"it names the group {group}, and can run on no node of it")
         if not named and (not places or places - nodes):
             return _Left(Why.OTHER_NODES, few(sorted(places - nodes)) or "no node is known")
         return None
@@ -302,20 +327,18 @@ class _Asked:
         )
 
     def _with_mount(
-        self, path: str, container: Json, *added: Json, made: Iterable[Json] = ()
+        self, path: str, container: Json, *added: Json, made: Container[Any] = ()
     ) -> list[Json]:
         """Read-only, where nothing is in the way. A mount needs a directory to be on: the runtime
         makes one in an emptyDir that may be written, and would fail in most other volumes, or
-        leave it there. `made` are mounts of a container that ran before, and made it."""
+        leave it there. `made` is what a container mounts that ran before, and made it."""
         places = [(mount, mount.get("mountPath")) for mount in mounts(container)]
         places += [(item, item.get("devicePath")) for item in container.get("volumeDevices") or ()]
-        scratch = {name_of(v) for v in self._volumes() if v.get("emptyDir") is not None}
-        known = {(name_of(mount), mount.get("mountPath"), mount.get("subPath")) for mount in made}
         ours = tuple(_directory(mount["mountPath"]) for mount in added)
         for other, place in places:
             directory = _directory(place)
-            same = (name_of(other), other.get("mountPath"), other.get("subPath")) in known
-            room = name_of(other) in scratch and (same or not other.get("readOnly"))
+            writable = not other.get("readOnly") or _shown(other) in made
+            room = name_of(other) in self.scratch and writable
             if directory.startswith(ours) or (
                 not room and any(one.startswith(directory) for one in ours)
             ):
@@ -377,12 +400,21 @@ def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_places(places: Sequence[str], *, apart: bool = False) -> None:
-    """Raise _Left where one is in another; with `apart`, also where two are the same."""
+def _check_not_expanded(initializer: Json) -> None:
+    """Raise _Left for what kubelet makes other words of, `$(NAME)` and `$$`: nobody can say here
+    what they will be."""
+    for word in (*(initializer.get("command") or ()), *(initializer.get("args") or ())):
+        if "$(" in str(word) or "$$" in str(word):
+            raise _Left(Why.ODD, f"{word} is another word when the pod starts")
+
+
+def _check_places(places: Sequence[str]) -> None:
+    """Raise _Left where one is in another, or two are the same: what one pair leaves to the
+    original would be written over the links of the other."""
     for place in places:
         if not place.startswith("/") or _normal(place) == "/":
             raise _Left(Why.ODD, f"{place} is no absolute path of a directory")
-    found = sorted(map(_directory, places if apart else set(places)))
+    found = sorted(map(_directory, places))
     for outer, inner in pairwise(found):  # what is below a path comes next to it
         if inner.startswith(outer):
             raise _Left(Why.ODD, f"{outer} holds another model")
@@ -426,6 +458,11 @@ def _bytes(notes: Json) -> int:
     """What annotations take, as the API server counts them."""
     words = (word for note in notes.items() for word in map(str, note))
     return sum(len(word.encode(errors="replace")) for word in words)
+
+
+def _shown(mount: Json) -> tuple[str, Any, Any]:
+    """What a mount shows, and where."""
+    return name_of(mount), mount.get("mountPath"), mount.get("subPath")
 
 
 def _value(variable: Json) -> str:

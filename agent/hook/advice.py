@@ -12,10 +12,10 @@ from agent.hook.scheduling import extended
 from agent.hook.spec import Json, at, containers, cut, mounts, name_of
 from agent.hook.world import World
 from agent.kube.parse import size_of
-from agent.model import CacheKey, quantity
+from agent.model import CacheKey, claim_name, quantity
 
 _SERVER = re.compile(r"vllm|triton", re.IGNORECASE)
-_PARALLEL = re.compile(r"(?:--tensor-parallel-size|-tp)(?:[ =])(\d+)")
+_PARALLEL = re.compile(r"(?:--tensor-parallel-size|-tp)(?:[ =])(\d{1,9})")
 _DEFAULT_BYTES = 2 * 1024**3
 """What KServe's ServingRuntimes give a predictor that asks for nothing."""
 
@@ -97,11 +97,11 @@ def _too_small_a_directory(spec: Json, world: World, models: Iterable[_Model]) -
 def _of_modelmesh(spec: Json, world: World, namespace: str) -> list[_Model]:
     """Those that a ModelMesh runtime may be told to load, as its namespace may use them, if it does
     not read them from the node's cache."""
+    ours = {claim_name(group) for group in world.groups}
     claims = {
         name_of(volume)
         for volume in spec.get("volumes") or ()
-        if at(volume, "persistentVolumeClaim").get("claimName")
-        in {f"localmodel-{group}" for group in world.groups}
+        if at(volume, "persistentVolumeClaim").get("claimName") in ours
     }
     if any(name_of(mount) in claims for _, one in containers(spec) for mount in mounts(one)):
         return []

@@ -38,11 +38,17 @@ class Claim:
     group: str
     phase: str = ""
     uid: str = ""
+    volume: str = ""
     deleting: bool = False
 
     @property
     def place(self) -> Place:
         return self.namespace, self.group
+
+    @property
+    def ours(self) -> bool:
+        """Anybody who may make a claim may give it our label."""
+        return self.name == claim_name(self.group)
 
     @property
     def bound(self) -> bool:
@@ -111,7 +117,7 @@ def plan(
     known = {group.name: group for group in groups}
     hashes = {name: _hash(group) for name, group in known.items()}
     wanted = {(space, group): known[group] for space in namespaces for group in known}
-    there = {claim.place: claim for claim in claims}
+    there = {claim.place: claim for claim in claims if claim.ours}
     made = {volume.name: volume for volume in volumes}
     ours = {volume_name(place): place for place in (*wanted, *there)}
     orphans = {("", name): Delete(path=_VOLUME + name) for name in made if name not in ours}
@@ -130,6 +136,29 @@ def plan(
         elif action := _step(place, group, claim, volume, stale=stale):
             actions[place] = action
     return Plan(actions=actions, wait=frozenset(wait))
+
+
+def offered(
+    groups: Iterable[Group],
+    namespaces: Collection[str],
+    claims: Iterable[Claim],
+    volumes: Iterable[Volume],
+) -> frozenset[Place]:
+    """The places whose claim a new pod may be given: bound to the volume that is made of the group
+    as it is now, and to stay. One on its way out would never go while pods come, and the volume of
+    a group as it was holds a pod on nodes that the group does not select any more."""
+    hashes = {group.name: _hash(group) for group in groups}
+    current = {volume.name: volume.spec_hash for volume in volumes if not volume.deleting}
+    return frozenset(
+        claim.place
+        for claim in claims
+        if claim.ours
+        and claim.bound
+        and claim.namespace in namespaces
+        and claim.group in hashes
+        and claim.volume == volume_name(claim.place)
+        and current.get(claim.volume) == hashes[claim.group]
+    )
 
 
 def _step(
@@ -233,6 +262,7 @@ def claim(raw: Mapping[str, Any]) -> Claim:
         group=at(metadata, "annotations").get(GROUP_NOTE) or "",
         phase=status.get("phase") or "",
         uid=metadata.get("uid") or "",
+        volume=at(raw, "spec").get("volumeName") or "",
         deleting="deletionTimestamp" in metadata,
     )
 

@@ -9,6 +9,7 @@ It is read in the pod's spec by whoever wonders, so it holds its own explanation
 the shells of dash, busybox and bash have in common. It runs as any user, without a writable root.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,19 +47,19 @@ def command(
         f" rest={shlex.quote(pair.rest)} ;;"
         for pair in pairs
     )
-    script = _SCRIPT
-    for name, value in (
-        ("ROOT", shlex.quote(root)),
-        ("LIMIT", str(limit_seconds)),
-        ("SILENT", str(SILENT_SECONDS)),
-        ("STILL", str(STILL_SECONDS)),
-        ("MODELS", layout.MODELS),
-        ("MANIFESTS", layout.MANIFESTS),
-        ("PROGRESS", layout.PROGRESS),
-        ("ENTRYPOINT", shlex.join(entrypoint)),
-        ("KNOWN", known),  # last: a URI may hold any of the names above
-    ):
-        script = script.replace(f"@{name}@", value)
+    words = {
+        "ROOT": shlex.quote(root),
+        "LIMIT": str(limit_seconds),
+        "SILENT": str(SILENT_SECONDS),
+        "STILL": str(STILL_SECONDS),
+        "MODELS": layout.MODELS,
+        "MANIFESTS": layout.MANIFESTS,
+        "PROGRESS": layout.PROGRESS,
+        "ENTRYPOINT": shlex.join(entrypoint),
+        "KNOWN": known,
+    }
+    # In one pass: a URI or an entrypoint may hold any of these names.
+    script = re.sub("@([A-Z]+)@", lambda found: words[found[1]], _SCRIPT)
     return ["sh", "-c", script, "localmodel"]
 
 
@@ -107,32 +108,51 @@ wait_for() { # URI: until the cache offers it; fails when there is nothing to wa
     done
 }
 
-ours() { # DEST: whether there is nothing in it but links into the cache
+emptied() { # DEST: takes links into the cache out of it; fails if there is anything else
+    others=0
     for found in "$1"/* "$1"/.[!.]* "$1"/..?*; do
         [ -L "$found" ] || [ -e "$found" ] || continue # the pattern itself: nothing matched
-        case $(readlink "$found") in "$root"/*) ;; *) return 1 ;; esac
+        case $(readlink "$found") in "$root"/*) rm -f "$found" || others=1 ;; *) others=1 ;; esac
     done
+    return "$others"
+}
+
+packed() { # FILE...: whether it is one archive, which the original would unpack
+    one=''
+    for file in "$@"; do
+        [ -e "$file" ] || continue
+        [ -z "$one" ] || return 1
+        one=$file
+    done
+    case $one in
+    *.[tT][aA][rR] | *.[tT][aA][rR].* | *.[tT][bBgGxX][zZ]* | *.[zZ][iI][pP]) [ -f "$one" ] ;;
+    *) return 1 ;;
+    esac
 }
 
 links() { # DEST: the files of the model, or the one that was asked for
     from=$root/@MODELS@/$key${rest:+/$rest}
-    [ -e "$from" ] && mkdir -p "$1" && ours "$1" || return 1
+    [ -e "$from" ] && mkdir -p "$1" && emptied "$1" || return 1
     if [ -f "$from" ]; then set -- "$1" "$from"; else
         set -- "$1" "$from"/* "$from"/.[!.]* "$from"/..?*
     fi
     to=$1
     shift
+    if [ -n "$rest" ] && packed "$@"; then return 1; fi
     for file in "$@"; do
         [ -e "$file" ] || continue
-        [ "$to/${file##*/}" -ef "$file" ] || ln -s "$file" "$to/${file##*/}" || return 1
+        ln -s "$file" "$to/${file##*/}" || return 1
     done
+    offered # still: nothing was taken away meanwhile
 }
 
+trap 'exit 143' TERM # the first process of a container hears of no signal that it does not ask for
 pairs=$#
 while [ "$pairs" -gt 1 ]; do # what could not be linked goes back to the end of the arguments
     if known "$1" && wait_for "$1" && links "$2"; then
         say "$1 is at $2, from this node's cache"
     else
+        emptied "$2" # of what an earlier run left: the original cannot write through a link
         set -- "$@" "$1" "$2"
     fi
     shift 2

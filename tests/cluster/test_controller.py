@@ -44,17 +44,34 @@ def test_a_pod_that_kserve_made_starts_from_the_cache(
     controller = replicas.start()
     replicas.called(controller)
     bind(plane, "team-a", "localmodel-gpu1")
-    pod = golden("uncached-hf")
-    pod["metadata"] |= {"name": "p"}
-    del pod["metadata"]["generateName"]
-    path = f"{PODS.format('team-a')}?dryRun=All"
-
-    def changed() -> dict[str, Any]:
-        answer = plane.request("POST", path, pod)
-        made: dict[str, Any] = answer.ok()
-        return made if "localmodel-agent.io/injected" in made["metadata"]["annotations"] else {}
-
-    made = until(changed, controller.log_text)
+    made = until(lambda: patched(plane), controller.log_text)
     assert made["metadata"]["annotations"]["localmodel-agent.io/keys"] == cache_key(URI)
     assert made["spec"]["volumes"][-1]["persistentVolumeClaim"]["claimName"] == "localmodel-gpu1"
     assert controller.metrics()["localmodel_hook_pods_total Patched"] >= 1
+
+
+def patched(plane: ControlPlane, query: str = "?dryRun=All", name: str = "p") -> dict[str, Any]:
+    """A pod of KServe's as it would be stored, if the hook changed it; {} if not."""
+    pod = golden("uncached-hf")
+    pod["metadata"] |= {"name": name}
+    del pod["metadata"]["generateName"]
+    made: dict[str, Any] = plane.request("POST", f"{PODS.format('team-a')}{query}", pod).ok()
+    return made if "localmodel-agent.io/injected" in made["metadata"]["annotations"] else {}
+
+
+def test_a_claim_of_a_group_as_it_was_is_given_to_no_new_pod(
+    plane: ControlPlane, replicas: Controllers
+) -> None:
+    """A pod uses it, so it stays: its volume would hold others on the nodes of the old selector."""
+    plane.apply(group("gpu1", "/models"), cache("llama", URI, ["gpu1"]))
+    ready_node(plane, "a", gpu="yes")
+    namespace(plane, "team-a", inject="enabled")
+    controller = replicas.start()
+    replicas.called(controller)
+    bind(plane, "team-a", "localmodel-gpu1")
+    until(lambda: patched(plane), controller.log_text)
+    assert patched(plane, query="")
+    plane.apply(group("gpu1", "/elsewhere"))
+    until(lambda: not patched(plane, name="q"), controller.log_text)
+    claim = "/api/v1/namespaces/team-a/persistentvolumeclaims/localmodel-gpu1"
+    assert "deletionTimestamp" not in plane.request("GET", claim).ok()["metadata"]

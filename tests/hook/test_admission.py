@@ -183,6 +183,15 @@ def test_what_only_the_initializer_can_do_is_left_to_it(
     assert left(pod).why is why, "nobody can say here what it will be"
 
 
+def test_a_map_of_variables_may_choose_files() -> None:
+    pod = golden("uncached-hf")
+    source = {"configMapRef": {"name": "c"}}
+    pod["spec"]["initContainers"][0]["envFrom"] = [source]
+    assert left(pod) == Skip(why=Why.PATTERNS, detail="envFrom")
+    pod["spec"]["initContainers"][0]["envFrom"] = [{**source, "prefix": "AWS_"}]
+    helped(pod)
+
+
 def test_a_cache_of_some_of_the_files_is_not_the_model() -> None:
     (first, *others) = WORLD.caches
     world = replace(WORLD, caches=(replace(first, include=("*.json",)), *others))
@@ -196,6 +205,7 @@ def test_a_cache_of_some_of_the_files_is_not_the_model() -> None:
         ["hf://a/b"],
         [LLAMA, "mnt/models"],
         [LLAMA, "/mnt", "s3://b/x", "/mnt/models"],
+        [LLAMA, "/mnt/models", "s3://b/x", "/mnt/models/"],
         [LLAMA, "/mnt/a", LLAMA, "/mnt/b"],
         [word for n in range(101) for word in (f"hf://a/{n}", f"/mnt/{n}")],
     ],
@@ -204,6 +214,51 @@ def test_arguments_that_are_no_pairs_are_left_alone(arguments: list[str]) -> Non
     pod = golden("uncached-hf")
     pod["spec"]["initContainers"][0]["args"] = arguments
     assert left(pod).why is Why.ODD
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[LLAMA, "/mnt/$(NAME)"], [f"{BUCKET}/$(NAME)", "/mnt/models"], [f"{BUCKET}/$$x", "/mnt/m"]],
+)
+def test_what_kubelet_makes_another_word_of_is_left_alone(arguments: list[str]) -> None:
+    """`$(NAME)` is the value of a variable by then, and `$$` is `$`."""
+    pod = golden("uncached-hf")
+    initializer = pod["spec"]["initContainers"][0]
+    initializer["args"] = arguments
+    assert left(pod).detail.endswith("is another word when the pod starts")
+    initializer |= {"args": [LLAMA, "/mnt/models"], "command": ["sh", "-c", "$(RUN)"]}
+    assert left(pod).why is Why.ODD
+
+
+def test_links_are_for_a_volume_that_ends_with_the_pod() -> None:
+    """In a claim of the tenant's they would lead nowhere, for whoever else mounts it."""
+    pod = golden("uncached-hf")
+    volume = pod["spec"]["volumes"][-1]
+    del volume["emptyDir"]
+    volume["persistentVolumeClaim"] = {"claimName": "mine"}
+    assert left(pod).detail == f"the volume {volume['name']} of /mnt/models/ is no emptyDir"
+    inner = {"name": "inner", "mountPath": "/mnt/models/llama"}
+    pod["spec"]["volumes"].append({"name": "inner", "emptyDir": {}})
+    initializer, server = pod["spec"]["initContainers"][0], pod["spec"]["containers"][0]
+    initializer["volumeMounts"].append(inner)
+    server["volumeMounts"].append(inner)
+    initializer["args"][1] = "/mnt/models/llama/base"
+    assert _seeing(helped(pod)) == {"storage-initializer", "kserve-container"}
+
+
+def test_a_page_that_linux_would_not_run_is_not_written() -> None:
+    """No argument of a process may have 128 KiB."""
+    pod = golden("uncached-hf")
+    long = "/".join(["a" * 250] * 3)
+    for count, ok in ((20, True), (100, False)):
+        pod["spec"]["initContainers"][0]["args"] = [
+            word for n in range(count) for word in (f"{BUCKET}/{long}/{n}", f"/mnt/models/{n}")
+        ]
+        decision = admit(pod)
+        assert isinstance(decision, Mutation) is ok
+        if isinstance(decision, Mutation):
+            after = patched(pod, decision.patch)
+            assert len(after["spec"]["initContainers"][0]["command"][2]) < 128 * 1024
 
 
 def test_a_container_that_has_something_there_already_is_left_alone() -> None:
@@ -284,6 +339,15 @@ def test_a_pod_that_names_the_group_may_only_be_there() -> None:
     helped(pod, world)
     pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu2"
     assert left(pod, world) == Skip(why=Why.NO_SUCH_CACHE, detail="not in the node group gpu2")
+
+
+def test_a_pod_that_names_a_group_and_can_run_on_none_of_its_nodes() -> None:
+    """The claim would keep it from the others."""
+    world = replace(WORLD, nodes=MIXED, live=frozenset({"a", "b", "h"}))
+    pod = golden("uncached-hf")
+    pod["metadata"]["annotations"]["serving.kserve.io/nodegroup"] = "gpu1"
+    pod["spec"]["nodeSelector"] = {"nvidia.com/gpu.product": H100}
+    assert left(pod, world).detail == "it names the group gpu1, and can run on no node of it"
 
 
 def test_what_the_selector_allows_says_the_group() -> None:
@@ -464,6 +528,20 @@ def test_a_large_pod_is_compared_with_many_nodes_in_no_time() -> None:
     begun = time.process_time()
     assert isinstance(admit(pod, world), Mutation)
     assert time.process_time() - begun < 3
+
+
+def test_nobody_waits_for_a_pod_with_thousands_of_volumes_or_names() -> None:
+    """Eight seconds for the volumes, one for the names: each was compared with each."""
+    pod = golden("uncached-hf")
+    mount = pod["spec"]["initContainers"][0]["volumeMounts"][0]
+    pod["spec"]["volumes"] += [{"name": f"v{n}", "emptyDir": {}} for n in range(8000)]
+    pod["spec"]["containers"] = [{"name": f"c{n}", "volumeMounts": [mount]} for n in range(8000)]
+    names = plain(**{f"source.{n}": "hf://no/body" for n in range(6000)})
+    caches = tuple(Cache(name="c", uri=f"s3://b/{n}", groups=("gpu1",)) for n in range(3000))
+    begun = time.process_time()
+    assert isinstance(admit(pod), Mutation)
+    assert left(names, replace(WORLD, caches=caches)).why is Why.ODD
+    assert time.process_time() - begun < 2
 
 
 def test_nobody_waits_for_a_pod_with_a_million_tolerations() -> None:

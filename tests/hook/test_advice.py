@@ -64,6 +64,7 @@ def test_resources(resources: dict[str, Any], warned: bool) -> None:
         ({"args": ["--tensor-parallel-size=4"]}, [], True),
         ({"args": ["--tensor-parallel-size", "2"]}, [], True),
         ({"command": ["sh", "-c", "vllm serve /mnt/models -tp 8"]}, [], True),
+        ({"args": ["-tp", "1" * 5000]}, [], True),
         ({"args": ["--tensor-parallel-size=1"]}, [], False),
         ({"args": []}, [], False),
         ({"args": ["--tensor-parallel-size=4"]}, [{"mountPath": "/dev/shm/"}], False),

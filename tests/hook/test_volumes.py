@@ -19,6 +19,7 @@ from agent.hook.volumes import (
     claim,
     claim_body,
     mounted,
+    offered,
     plan,
     volume,
     volume_body,
@@ -161,6 +162,16 @@ class Kept(RuleBasedStateMachine):
             used=used,
         )
 
+    @property
+    def offered(self) -> frozenset[Place]:
+        """What the hook gives to pods."""
+        return offered(
+            self.groups.values(),
+            self.namespaces,
+            [claim(raw) for raw in self.cluster.claims.values()],
+            [volume(raw) for raw in self.cluster.volumes.values()],
+        )
+
     @rule(known=st.booleans())
     def turn(self, known: bool) -> None:
         for action in self.seen(self.cluster.used if known else None).actions.values():
@@ -181,9 +192,8 @@ class Kept(RuleBasedStateMachine):
     @precondition(lambda self: self.cluster.claims)
     @rule(data=st.data())
     def start_a_pod(self, data: st.DataObject) -> None:
-        found = [claim(raw) for raw in self.cluster.claims.values()]
-        if bound := [one.place for one in found if one.bound]:
-            self.cluster.used.add(data.draw(st.sampled_from(sorted(bound))))
+        if self.offered:
+            self.cluster.used.add(data.draw(st.sampled_from(sorted(self.offered))))
 
     @rule()
     def end_all_pods(self) -> None:
@@ -208,6 +218,14 @@ class Kept(RuleBasedStateMachine):
         there = {claim(raw).place for raw in self.cluster.claims.values()}
         assert self.cluster.used <= there
 
+    @invariant()
+    def what_a_new_pod_gets_is_of_the_group_as_it_is(self) -> None:
+        for place in self.offered:
+            made = self.cluster.volumes[volume_name(place)]
+            assert place[0] in self.namespaces
+            assert made["status"]["phase"] == "Bound"
+            assert made["spec"]["local"] == self.groups[place[1]].volume["local"]
+
     def teardown(self) -> None:
         """Left alone, it is as wanted within a few turns, and then nothing is done any more."""
         self.cluster.used.clear()
@@ -216,7 +234,7 @@ class Kept(RuleBasedStateMachine):
         assert self.seen(set()).actions == {}
         wanted = {(space, group) for space in self.namespaces for group in self.groups}
         found = [claim(raw) for raw in self.cluster.claims.values()]
-        assert {one.place for one in found if one.bound} == wanted
+        assert {one.place for one in found if one.bound} == wanted == self.offered
         assert len(self.cluster.volumes) == len(found) == len(wanted)
         for made in self.cluster.volumes.values():
             name = made["metadata"]["annotations"]["localmodel-agent.io/node-group"]
@@ -233,6 +251,48 @@ def test_a_claim_that_may_be_in_use_waits(used: set[Place] | None) -> None:
     found = plan([GPU], [], there, [], used=used)
     assert not found.actions
     assert found.wait == {PLACE}
+
+
+def _bound(**change: Any) -> tuple[Claim, Volume]:
+    """A claim and its volume, as they are in the cluster."""
+    status = {"status": {"phase": "Bound"}}
+    return replace(claim({**claim_body(PLACE, GPU), **status}), **change), volume(
+        {**volume_body(PLACE, GPU), **status}
+    )
+
+
+def test_a_claim_is_offered_while_it_is_to_stay() -> None:
+    """Of a group whose selector was changed, the old volume would keep a pod Pending: where the
+    new selector lets it run, that volume is not."""
+    made, there = _bound()
+    assert offered([GPU], ["team-a"], [made], [there]) == {PLACE}
+    assert not offered([GPU], [], [made], [there]), "the namespace has lost its label"
+    assert not offered([], ["team-a"], [made], [there]), "the group has gone"
+    affinity: dict[str, Any] = {"required": {"nodeSelectorTerms": [{"matchExpressions": []}]}}
+    changed = replace(GPU, volume={**GPU.volume, "nodeAffinity": affinity})
+    assert not offered([changed], ["team-a"], [made], [there])
+    assert not offered([GPU], ["team-a"], [made], [replace(there, deleting=True)])
+    assert not offered([GPU], ["team-a"], [made], [])
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "mine"}, {"group": "h100"}, {"volume": "mine"}, {"phase": "Pending"}]
+)
+def test_a_claim_with_our_label_that_is_not_ours(change: dict[str, Any]) -> None:
+    """Whoever may make claims in a namespace may write that: it is neither given to pods, nor taken
+    for ours, nor deleted."""
+    made, there = _bound(**change)
+    others = replace(GPU, name="h100")
+    assert not offered([GPU, others], ["team-a"], [made], [there])
+    if made.ours:
+        return
+    found = plan([GPU], ["team-a"], [made], [there], used=set())
+    assert list(found.actions.values()) == [
+        Create(path=_CLAIMS, body=claim_body(PLACE, GPU)),
+    ]
+
+
+_CLAIMS = "/api/v1/namespaces/team-a/persistentvolumeclaims"
 
 
 def test_what_is_going_is_waited_for() -> None:

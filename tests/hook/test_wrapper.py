@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -80,13 +81,14 @@ class Pod:
         arguments: tuple[str, ...] = (),
         limit: int = 20,
         user: int | None = None,
+        inside: tuple[str, ...] = (),
     ) -> subprocess.Popen[str]:
         sh, *rest = command(
             pairs, root=str(self.root), limit_seconds=limit, entrypoint=[str(self.original)]
         )
         assert sh == "sh"
         return subprocess.Popen(
-            [*self.shell, *rest, *(arguments or (URI, str(self.destination)))],
+            [*inside, *self.shell, *rest, *(arguments or (URI, str(self.destination)))],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -176,6 +178,58 @@ def test_over_a_link_to_elsewhere_the_original_runs(pod: Pod) -> None:
     (pod.destination / "config.json").symlink_to("/etc/passwd")
     pod.run(_pair())
     assert pod.asked == [URI, str(pod.destination)]
+
+
+def test_what_left_the_cache_leaves_no_link(pod: Pod, hurry: None) -> None:
+    """A node that was rebooted runs a pod's initializers again, over what they left."""
+    pod.seal(URI, FILES)
+    pod.run(_pair())
+    shutil.rmtree(pod.root / layout.MODELS)
+    (pod.destination / "mine").write_bytes(b"kept")
+    pod.run(_pair())
+    assert pod.asked == [URI, str(pod.destination)]
+    left = [path.name for path in pod.destination.iterdir()]
+    assert left == ["mine"], "the original cannot write through a dead link"
+
+
+def test_another_revision_takes_the_place_of_all_links(pod: Pod) -> None:
+    pod.seal(URI, FILES)
+    pod.run(_pair())
+    shutil.rmtree(pod.root / layout.model(cache_key(URI)))
+    pod.seal(URI, {"config.json": b"{2}", "new": b"n"})
+    pod.run(_pair())
+    assert pod.seen() == {"config.json": b"{2}", "new": b"n"}
+    assert len(list(pod.destination.iterdir())) == 2, "a link leads nowhere"
+    assert pod.asked is None
+
+
+def test_what_cannot_be_linked_whole_is_not_linked_at_all(pod: Pod) -> None:
+    """The original must find it as it was. Here one name leads to a path that is too long."""
+    pod.seal(URI, {"a": b"1", "b" * 200: b"2"})
+    deep = f"{pod.destination}/" + "/".join(["d" * 199] * 20)
+    place = Path(deep[:3950])
+    pod.run(_pair(), arguments=(URI, str(place)))
+    assert pod.asked == [URI, str(place)]
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("archive", ["m.tar.gz", "m.ZIP", "m.tgz", "m.tar", "m.tar.xz", "m.tbz2"])
+def test_an_archive_in_a_cached_prefix_is_for_the_original_to_unpack(
+    pod: Pod, archive: str
+) -> None:
+    """Named by itself, or alone in its directory, KServe's initializer unpacks it."""
+    cached = "s3://bucket/models"
+    pod.seal(cached, {f"a/{archive}": b"packed", f"b/{archive}": b"packed", "b/other": b"o"})
+    for rest in (f"a/{archive}", "a"):
+        uri = f"{cached}/{rest}"
+        pod.run(_pair(uri, cached, rest), arguments=(uri, str(pod.destination)))
+        assert pod.asked == [uri, str(pod.destination)]
+        assert not list(pod.destination.iterdir())
+        pod.given.unlink()
+    uri = f"{cached}/b"
+    pod.run(_pair(uri, cached, "b"), arguments=(uri, str(pod.destination)))
+    assert pod.seen() == {archive: b"packed", "other": b"o"}
+    assert pod.asked is None
 
 
 def test_a_manifest_of_another_model_is_not_believed(pod: Pod, hurry: None) -> None:
@@ -306,3 +360,28 @@ def test_it_ends_when_it_is_told_to(pod: Pod) -> None:
     assert pod.asked is None
     if process.stdout is not None:
         process.stdout.close()
+
+
+def test_it_ends_when_it_is_told_to_as_the_first_process_too(pod: Pod) -> None:
+    """Whom the kernel protects from signals that it did not ask for: a deleted pod would stay for
+    its grace period."""
+    need_host()
+    process = pod.start(_pair(), inside=("unshare", "--pid", "--fork", "--kill-child"))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: bool(children.read_text()), seconds=5)
+    (first,) = children.read_text().split()
+    time.sleep(0.5)
+    os.kill(int(first), signal.SIGTERM)
+    try:
+        until(lambda: process.poll() is not None, seconds=5)
+    finally:
+        process.kill()
+        process.communicate()
+    assert pod.asked is None
+
+
+def test_an_entrypoint_is_words_whatever_they_are() -> None:
+    _, _, script, _ = command(
+        [_pair()], root="/c", limit_seconds=1, entrypoint=["/x", "@KNOWN@", "@LIMIT@"]
+    )
+    assert "exec /x @KNOWN@ @LIMIT@ " in script
