@@ -30,7 +30,7 @@ from agent.kube.lease import Lease
 from agent.metrics import HookMetrics
 from agent.rival import LOOK_SECONDS as RIVAL_SECONDS
 from agent.rival import Rival
-from agent.server import health_app, hook_app, serve_tcp
+from agent.server import MOST_CONNECTIONS, health_app, hook_app, serve_tcp
 from agent.signing import Signing
 from agent.sources import scheme_of
 from agent.tasks import first_of, until_told
@@ -76,7 +76,7 @@ async def _serve(settings: ControllerSettings, look_seconds: float) -> None:
             host, port = listen_address(settings.listen)
             hook = hook_app(controller.mutate, controller.validate, metrics)
             bound = await stack.enter_async_context(
-                serve_tcp(hook, host, port, tls=controller.tls.context)
+                serve_tcp(hook, host, port, tls=controller.tls.context, most=MOST_CONNECTIONS)
             )
             _log.info("the hook answers on %s:%d", host, bound)
             controller.serving = True
