@@ -50,6 +50,9 @@ whom the webhook configurations trust."""
 
 _TURN_SECONDS = 5.0
 
+_LATE_SECONDS = 1.0
+"""What was written just before, a node group with its cache, has come by watch after this."""
+
 
 async def run_controller(
     settings: ControllerSettings, *, look_seconds: float = LOOK_SECONDS
@@ -231,10 +234,13 @@ class Controller:
         if (deletion := review.deletion(request)) is not None:
             try:
                 users = await users_of(self._api, deletion)
-            except AgentError as error:
-                found = review.undecided(request, f"nobody can tell who uses it: {error.message}")
+            except (AgentError, LookupError, TypeError, AttributeError) as error:
+                found = review.undecided(request, f"nobody can tell who uses it: {error}")
                 return self._said(request, found, self._metrics.validations)
         found = review.validated(request, self._watched.world, check=scheme_of, users=users)
+        if found.outcome is Outcome.REFUSED and request.operation != "DELETE":
+            await asyncio.sleep(_LATE_SECONDS)
+            found = review.validated(request, self._watched.world, check=scheme_of, users=users)
         return self._said(request, found, self._metrics.validations)
 
     def _said(self, request: Request, found: Answer, counter: Counter) -> Answer:

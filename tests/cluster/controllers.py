@@ -90,13 +90,18 @@ class Controllers:
 
     def call(self, base: str) -> None:
         for path in (MUTATING, VALIDATING):
-            if (answer := self.plane.request("GET", path)).status == 404:
-                continue
-            found = answer.ok()
-            for hook in found["webhooks"]:
-                config = hook["clientConfig"]
-                config["url"] = f"{base}/{config['url'].rpartition('/')[2]}"
-            self.plane.request("PUT", path, found).ok()
+            until(lambda path=path: self._redirected(path, base), path)  # type: ignore[misc]
+
+    def _redirected(self, path: str, base: str) -> bool:
+        """Not if a controller wrote it meanwhile."""
+        if (answer := self.plane.request("GET", path)).status == 404:
+            return True
+        found = answer.ok()
+        for hook in found["webhooks"]:
+            config = hook["clientConfig"]
+            config["url"] = f"{base}/{config['url'].rpartition('/')[2]}"
+        written = self.plane.request("PUT", path, found)
+        return written.status != 409 and bool(written.ok())
 
     def _trusted(self) -> bool:
         secret = self.plane.request("GET", SECRET).ok().get("data") or {}

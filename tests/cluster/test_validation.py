@@ -64,7 +64,17 @@ def test_an_unknown_group_is_refused(plane: ControlPlane) -> None:
     told = create(plane, written("lost", "hf://lost/model", ["gpu1", "gpu7"]))
     assert 'admission webhook "caches.localmodel-agent.io" denied the request' in told
     assert "there is no LocalModelNodeGroup gpu7; there are: gpu1, gpu2" in told
+    assert "Create it first, or correct spec.nodeGroups" in told
     assert plane.request("GET", f"{CACHES}/lost").status == 404
+
+
+def test_a_group_and_its_cache_are_applied_at_once(plane: ControlPlane) -> None:
+    """The hook hears of the group by watch, a little later than it is asked about the cache."""
+    for number in range(5):
+        name = f"together-{number}"
+        text = written(name, f"hf://{name}/model", [name])
+        told = create(plane, yaml.safe_dump(group(name, "/models")), text)
+        assert told.count("created") == 2, told
 
 
 def test_a_namespaces_cache_is_held_to_the_same(plane: ControlPlane) -> None:
