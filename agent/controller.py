@@ -30,7 +30,7 @@ from agent.kube.lease import Lease
 from agent.metrics import HookMetrics
 from agent.rival import LOOK_SECONDS as RIVAL_SECONDS
 from agent.rival import Rival
-from agent.server import health_app, hook_app, serve_tcp
+from agent.server import MOST_CONNECTIONS, health_app, hook_app, serve_tcp
 from agent.signing import Signing
 from agent.sources import scheme_of
 from agent.tasks import first_of, until_told
@@ -49,6 +49,9 @@ LOOK_SECONDS = 60.0
 whom the webhook configurations trust."""
 
 _TURN_SECONDS = 5.0
+
+_LATE_SECONDS = 1.0
+"""What was written just before, a node group with its cache, has come by watch after this."""
 
 
 async def run_controller(
@@ -76,7 +79,7 @@ async def _serve(settings: ControllerSettings, look_seconds: float) -> None:
             host, port = listen_address(settings.listen)
             hook = hook_app(controller.mutate, controller.validate, metrics)
             bound = await stack.enter_async_context(
-                serve_tcp(hook, host, port, tls=controller.tls.context)
+                serve_tcp(hook, host, port, tls=controller.tls.context, most=MOST_CONNECTIONS)
             )
             _log.info("the hook answers on %s:%d", host, bound)
             controller.serving = True
@@ -237,10 +240,13 @@ class Controller:
         if (deletion := review.deletion(request)) is not None:
             try:
                 users = await users_of(self._api, deletion)
-            except AgentError as error:
-                found = review.undecided(request, f"nobody can tell who uses it: {error.message}")
+            except (AgentError, LookupError, TypeError, AttributeError) as error:
+                found = review.undecided(request, f"nobody can tell who uses it: {error}")
                 return self._said(request, found, self._metrics.validations)
         found = review.validated(request, self._watched.world, check=scheme_of, users=users)
+        if found.outcome is Outcome.REFUSED and request.operation != "DELETE":
+            await asyncio.sleep(_LATE_SECONDS)
+            found = review.validated(request, self._watched.world, check=scheme_of, users=users)
         return self._said(request, found, self._metrics.validations)
 
     def _said(self, request: Request, found: Answer, counter: Counter) -> Answer:

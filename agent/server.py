@@ -12,18 +12,22 @@ The socket is in a directory of mode 0700: whoever may open it may have the agen
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import ssl
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from aiohttp import web
+from aiohttp import ClientError, web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from agent import __version__, layout
 from agent.curator import Verb
+from agent.doorman import Doorman
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.hook.review import Answer
@@ -36,9 +40,35 @@ _STALE_SECONDS = 180.0
 _REVIEW_BYTES = 8 * 1024**2
 """An API server takes objects of 3 MiB; of an update it sends two."""
 
+_BODY_SECONDS = 5.0
+"""Until a review is here as a whole: who asks waits three, or ten for a cache."""
+
+_SMALL_BYTES = 256 * 1024
+_MOST_LARGE = 4
+"""Larger reviews are read so many at a time: a pod has some 10 KiB, and one of 8 MiB as a Python
+object takes ten times that."""
+
+MOST_CONNECTIONS = 512
+"""Of the hook: an API server has one for each pod that is being created, 200 at most by default."""
+
+_TLS_READ_BYTES = 16 * 1024
+"""What asyncio reads of a TLS connection at once, one record. Its own 256 KiB are taken for every
+connection, before its handshake, and freed by the garbage collector only: 1500 took 310 MiB."""
+
 _SHUTDOWN_SECONDS = 1.0  # of the ten that a pod has
 
 _SOCKET_NAME_MAX = 107  # bytes in sockaddr_un
+
+
+class _NoNoise(logging.Filter):
+    """What is no HTTP is answered with 400, and is no bug of ours: a port scan fills no log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_http_log = logging.getLogger("agent.server.http")
+_http_log.addFilter(_NoNoise())
 
 
 def socket_address(state: Path) -> tuple[str, int | None]:
@@ -98,24 +128,48 @@ def hook_app(
 ) -> web.Application:
     """What the API server asks."""
 
+    large = asyncio.Semaphore(_MOST_LARGE)
+
     def answering(
         answer: Callable[[bytes], Awaitable[Answer]],
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handler(request: web.Request) -> web.Response:
-            raw = await request.read()
-            with metrics.seconds.labels(path=request.path).time():
-                try:
-                    found = await answer(raw)
-                except ValueError as error:
-                    raise web.HTTPBadRequest(text=f"{error}\n") from error
-            return web.Response(body=found.body, content_type="application/json")
+            async with contextlib.AsyncExitStack() as held:
+                raw = await _review(request, held, large)
+                with metrics.seconds.labels(path=request.path).time():
+                    try:
+                        found = await answer(raw)
+                    except ValueError as error:
+                        raise web.HTTPBadRequest(text=f"{error}\n") from error
+                return web.Response(body=found.body, content_type="application/json")
 
         return handler
 
-    app = web.Application(client_max_size=_REVIEW_BYTES)
+    app = web.Application()
     app.router.add_post("/mutate", answering(mutate))
     app.router.add_post("/validate", answering(validate))
     return app
+
+
+async def _review(
+    request: web.Request, held: contextlib.AsyncExitStack, large: asyncio.Semaphore
+) -> bytes:
+    """The body of a request. `held` is what a large one holds until it is answered."""
+    body, waited = bytearray(), False
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for data in request.content.iter_any():
+                body += data
+                if len(body) > _REVIEW_BYTES:
+                    raise web.HTTPRequestEntityTooLarge(_REVIEW_BYTES, len(body))
+                if len(body) > _SMALL_BYTES and not waited:
+                    await held.enter_async_context(large)
+                    waited = True
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="the review does not come\n") from None
+    except (ConnectionError, ClientError, web.RequestPayloadError):
+        raise web.HTTPBadRequest(text="the review is cut off\n") from None
+    return bytes(body)
 
 
 def verbs_app(service: Service, curation: Mapping[str, Verb]) -> web.Application:
@@ -174,18 +228,28 @@ async def _stream(request: web.Request, events: AsyncGenerator[Event, None]) -> 
 
 @contextlib.asynccontextmanager
 async def serve_tcp(
-    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None
+    app: web.Application,
+    host: str,
+    port: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    most: int = 128,
 ) -> AsyncIterator[int]:
-    """Serve until the block ends; the port that was bound."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS)
+    """Serve until the block ends; the port that was bound. `most` is how many connections there
+    may be at once."""
+    runner = web.AppRunner(
+        app, access_log=None, logger=_http_log, shutdown_timeout=_SHUTDOWN_SECONDS
+    )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port, ssl_context=tls)
         try:
-            await site.start()
+            listening = Doorman(host, port, most=most)
         except OSError as error:
             message = f"cannot listen on {host}:{port}: {error.strerror or error}"
             raise AgentError(Reason.INVALID_SPEC, message) from error
+        if tls is not None:
+            SSLProtocol.max_size = _TLS_READ_BYTES
+        await web.SockSite(runner, listening, ssl_context=tls).start()
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()

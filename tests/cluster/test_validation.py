@@ -1,6 +1,8 @@
 """What kubectl says of caches where the shipped hook validates them (the overlay standalone)."""
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,22 @@ def test_an_unknown_group_is_refused(plane: ControlPlane) -> None:
     told = create(plane, written("lost", "hf://lost/model", ["gpu1", "gpu7"]))
     assert 'admission webhook "caches.localmodel-agent.io" denied the request' in told
     assert "there is no LocalModelNodeGroup gpu7; there are: gpu1, gpu2" in told
+    assert "Create it first, or correct spec.nodeGroups" in told
     assert plane.request("GET", f"{CACHES}/lost").status == 404
+
+
+def test_a_group_and_its_cache_are_applied_at_once(plane: ControlPlane) -> None:
+    """The hook hears of the group by watch, a little later than it is asked about the cache. Here
+    the group itself comes later: what is refused is looked at again after a second."""
+    made = cache("together", "hf://together/model", ["late"])
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(plane.request, "POST", CACHES, made)
+        time.sleep(0.3)
+        late = group("late", "/models")
+        plane.request("POST", f"{SERVING}/localmodelnodegroups", late).ok()
+        asked.result().ok()
+    plane.request("DELETE", f"{CACHES}/together").ok()
+    plane.request("DELETE", f"{SERVING}/localmodelnodegroups/late").ok()
 
 
 def test_a_namespaces_cache_is_held_to_the_same(plane: ControlPlane) -> None:
