@@ -4,6 +4,8 @@ A real API server has 200 caches, 5 node groups and 1,000 nodes, each with its L
 the Lease of its agent. The real controller has watched all of it, and has one core; who asks it
 (bench/load.py), the API server and etcd have the others. A pod is one that KServe made, padded to
 the 20 KB that a review has after service meshes and monitoring were at it.
+
+On two cores whatever else runs is measured, too: `nice -n -15 python -m bench --only hook`.
 """
 
 import asyncio
@@ -34,7 +36,7 @@ from tests.machine import until
 
 RATE = 200.0
 _REACH_MS = 15.0
-_STEPS = (300.0, 400.0, 500.0, 600.0, 700.0, 800.0, 1000.0, 1200.0, 1500.0)
+_STEPS = (50.0, 100.0, 150.0, 200.0, 250.0, 300.0, 350.0, 400.0, 500.0, 600.0, 800.0, 1000.0)
 _SECONDS = 10.0
 _REVIEW_BYTES = 20_000
 _GROUPS, _CACHES, _NODES = 5, 200, 1000
@@ -88,12 +90,12 @@ def _measure(controller: Controller, ca: Path, runs: int) -> None:
     per_review = [1000 * one.cpu_seconds / (_SECONDS * RATE) for one in found]
     report(f"CPU of a review, {at}", per_review, "ms")
     report("RSS", [psutil.Process(controller.pid).memory_info().rss / 2**20], "MiB")
-    kept = [RATE]
+    kept = 0.0
     for rate in _STEPS:
         if statistics.median(load(_SECONDS / 2, rate).p99 for _ in range(3)) > _REACH_MS:
             break
-        kept.append(rate)
-    report(f"most a second with a p99 of {_REACH_MS:g} ms", [kept[-1]], "/s")
+        kept = rate
+    report(f"most a second with a p99 of {_REACH_MS:g} ms", [kept], "/s")
 
 
 def _load(controller: Controller, ca: Path, bodies: str, seconds: float, rate: float) -> Measured:
