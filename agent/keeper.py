@@ -7,7 +7,7 @@ each time, and said on the node group.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from math import inf
 from typing import NamedTuple
 
@@ -23,6 +23,10 @@ _log = logging.getLogger(__name__)
 
 KEPT: frozenset[Part] = frozenset({"groups", "inject", "claims", "volumes"})
 """What is planned from. Leases and nodes change all the time, and mean nothing here."""
+
+_GRACE_SECONDS = 15.0
+"""A claim that is not offered any more may be in a pod that another replica answered just before,
+and that is not in any list yet."""
 
 _RULE = RULES[Reason.CLAIM_FAILED]
 _PAGE = "500"
@@ -57,10 +61,12 @@ class Keeper:
         self._metrics = metrics
         self._leads = leads
         self._look_seconds = look_seconds
+        self._grace_seconds = min(_GRACE_SECONDS, look_seconds)
         self._ticks = ticks
         self._flag = asyncio.Event()
         self._failed: dict[Place, _Failed] = {}
-        self._waiting: frozenset[Place] = frozenset()
+        self._waiting: dict[Place, float] = {}
+        self._asked: Set[Place] = frozenset()
         self._asked_at = -inf
 
     def wake(self) -> None:
@@ -83,14 +89,14 @@ class Keeper:
         """Seconds until the next one, if nothing changes before."""
         found = self._plan(used=None)
         now = self._ticks()
+        self._waiting = {place: self._waiting.get(place, now) for place in found.wait}
+        ripe = {place for place, at in self._waiting.items() if now - at >= self._grace_seconds}
         # Asked anew each time that something is to be deleted: who came a minute ago counts.
-        if found.wait - self._waiting or (
-            found.wait and now - self._asked_at >= self._look_seconds
-        ):
-            self._asked_at, self._waiting = now, found.wait
+        if ripe - self._asked or (ripe and now - self._asked_at >= self._look_seconds):
+            self._asked_at, self._asked = now, ripe
             if (used := await self._ask()) is not None:
-                found = self._plan(used=used)
-        self._waiting &= found.wait
+                found = self._plan(used=used | (self._waiting.keys() - ripe))
+        self._asked &= found.wait
         self._metrics.claims_waiting.set(len(found.wait))
         # What is to be done is another thing now: no reason to wait.
         self._failed = {
@@ -102,6 +108,7 @@ class Keeper:
             if place not in self._failed or self._failed[place].again_at <= now:
                 await self._apply(place, action)
         again = [failed.again_at for failed in self._failed.values()]
+        again += [self._waiting[place] + self._grace_seconds for place in found.wait - ripe]
         return max(1.0, min([self._look_seconds, *(at - now for at in again)]))
 
     def _plan(self, *, used: frozenset[Place] | None) -> Plan:

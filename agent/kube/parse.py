@@ -317,7 +317,9 @@ def pod(raw: Mapping[str, Any]) -> Pod:
                 claims.add(_text(claim, "claimName"))
                 sources.add(_text(volume, "name"))
     relied = notes.get(KEYS)
-    if relied is not None:  # the hook says which models of the whole claim it meant
+    # The hook says which models of the whole claim it meant. Of a pod that mounts no claim, anybody
+    # said it: that would keep models on a node, and make it fetch them.
+    if relied is not None and (claims or keys):
         named = [key.strip() for key in relied.split(",")]
         keys |= {CacheKey(key) for key in named if layout.is_key(key)}
         if all(map(layout.is_key, named)):  # else nobody knows what was meant

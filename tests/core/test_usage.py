@@ -117,6 +117,11 @@ def test_the_hook_says_which_models_of_a_whole_claim(note: str, used: frozenset[
     assert keys(pod({}, annotations={parse.KEYS: note})) == used
 
 
+def test_who_mounts_no_claim_uses_no_model_whatever_it_says() -> None:
+    forged = pod({}, volume={"x": {}, "emptyDir": {}}, annotations={parse.KEYS: KEY})
+    assert keys(forged) == NOTHING
+
+
 def test_the_hook_adds_to_what_is_mounted_by_name() -> None:
     both = pod({"subPath": f"models/{KEY}"}, annotations={parse.KEYS: OTHER})
     assert keys(both) == ALL

@@ -43,9 +43,12 @@ async def cluster(server: FakeCluster, tmp_path: Path) -> AsyncIterator[Cluster]
 
 
 def pod(phase: str = "Pending", **annotations: str) -> Json:
+    claim = {"name": "cache", "persistentVolumeClaim": {"claimName": "localmodel-gpu"}}
+    mount = {"name": "cache", "mountPath": "/mnt/localmodel"}
+    server = {"name": "server", "volumeMounts": [mount] if annotations else []}
     return {
         "metadata": {"annotations": annotations},
-        "spec": {"nodeName": "n"},
+        "spec": {"nodeName": "n", "containers": [server], "volumes": [claim]},
         "status": {"phase": phase},
     }
 

@@ -149,6 +149,18 @@ def test_advice_knows_the_group_and_the_models_of_the_decision(case: str) -> Non
     assert "90Gi, and no cache of the group gpu1 holds more than 80Gi" in said
 
 
+def test_no_log_and_no_warning_has_what_a_uri_hides() -> None:
+    uri = "https://user:sesame@host/model.gguf?X-Amz-Signature=sesame&b=1"
+    pod = golden("uncached-hf")
+    pod["metadata"]["annotations"]["localmodel-agent.io/source"] = uri
+    del pod["spec"]["initContainers"]
+    answer, found = mutated(asked(pod))
+    assert answer.outcome is Why.NO_SUCH_CACHE
+    assert "https://host/model.gguf" in answer.detail
+    told = json.dumps([answer.detail, found["warnings"], found["auditAnnotations"]])
+    assert "sesame" not in told
+
+
 def test_of_many_warnings_five_are_given() -> None:
     pod = golden("triton-vllm")
     pod["spec"]["containers"] *= 7
