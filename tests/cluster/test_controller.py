@@ -16,6 +16,7 @@ from tests.cluster.controllers import (
     namespace,
     ready_node,
 )
+from tests.cluster.identity import SERVING
 from tests.cluster.nodes import cache, group
 from tests.hook.pods import golden
 from tests.machine import until
@@ -75,3 +76,22 @@ def test_a_claim_of_a_group_as_it_was_is_given_to_no_new_pod(
     until(lambda: not patched(plane, name="q"), controller.log_text)
     claim = "/api/v1/namespaces/team-a/persistentvolumeclaims/localmodel-gpu1"
     assert "deletionTimestamp" not in plane.request("GET", claim).ok()["metadata"]
+
+
+def test_beside_kserve_the_caches_of_namespaces_are_looked_at_and_no_others(
+    plane: ControlPlane, replicas: Controllers
+) -> None:
+    """KServe's own webhook is for cluster caches, and its manifests register none for these."""
+    controller = replicas.start()
+    replicas.called(controller)
+    namespace(plane, "team-a")
+    made = cache("lost", URI, ["nowhere"])
+    theirs = {**made, "kind": "LocalModelNamespaceCache"}
+    path = f"{SERVING}/namespaces/team-a/localmodelnamespacecaches?dryRun=All"
+
+    def refused() -> bool:
+        answer = plane.request("POST", path, theirs)
+        return answer.status == 403 and "there is no LocalModelNodeGroup" in answer.message
+
+    until(refused, controller.log_text)
+    plane.request("POST", f"{SERVING}/localmodelcaches?dryRun=All", made).ok()
