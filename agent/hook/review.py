@@ -19,6 +19,7 @@ from typing import Any
 from agent.hook.admission import mutate
 from agent.hook.advice import MODELMESH, advise
 from agent.hook.decisions import QUIET, Mutation, Skip, Why
+from agent.hook.patch import applied
 from agent.hook.spec import WARNING, Json, at, cut
 from agent.hook.validation import NOBODY, Users, users_of, validate
 from agent.hook.world import World
@@ -114,6 +115,10 @@ def mutated(request: Request, world: World) -> Answer:
     pod: Json = request.raw["object"]
     try:
         decision = mutate(pod, world, namespace=request.namespace)
+        if isinstance(decision, Mutation):
+            # `failurePolicy: Ignore` is for no answer, and not for a patch that does not apply:
+            # with that the pod would be refused.
+            applied(pod, decision.patch)
         advice = _advice(pod, decision, world, request.namespace)
     except Exception as error:  # noqa: BLE001 - a bug of ours must not keep a pod from starting
         return _answer(request, Outcome.ERROR, repr(error))

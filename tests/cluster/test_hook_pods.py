@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from agent.hook.admission import mutate
 from agent.hook.decisions import Mutation, Skip, Why
+from agent.hook.patch import applied
 from agent.hook.world import World
 from agent.model import cache_key
 from tests.cluster.control_plane import Answer, ControlPlane
 from tests.hook.generated import generated_pods, named_pods
-from tests.hook.patches import check_only_ours, patched
+from tests.hook.patches import check_only_ours
 from tests.hook.pods import LLAMA, WORLD, cases, golden
 
 NEARER = replace(WORLD, holders={cache_key(LLAMA): frozenset({"a"})})
@@ -74,7 +75,7 @@ def helped(plane: ControlPlane, pod: dict[str, Any], world: World) -> dict[str, 
     if isinstance(decision, Skip):
         assert mutate(defaulted, world, namespace=space) == decision
         return None
-    after: dict[str, Any] = patched(pod, decision.patch)
+    after: dict[str, Any] = applied(pod, decision.patch)
     answer = judged(plane, after)
     stored = kept(answer)
     assert answer.warnings == plain.warnings
@@ -83,7 +84,7 @@ def helped(plane: ControlPlane, pod: dict[str, Any], world: World) -> dict[str, 
         assert mutate(one, world, namespace=space) == Skip(why=Why.DONE)
     of_defaulted = mutate(defaulted, world, namespace=space)
     assert isinstance(of_defaulted, Mutation), of_defaulted
-    assert patched(defaulted, of_defaulted.patch) == stored
+    assert applied(defaulted, of_defaulted.patch) == stored
     return after
 
 

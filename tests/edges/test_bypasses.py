@@ -12,6 +12,7 @@ from agent import bypasses, usage
 from agent.bypasses import Bypasses
 from agent.hook.admission import mutate
 from agent.hook.decisions import Mutation
+from agent.hook.patch import applied
 from agent.index import Index
 from agent.kube import parse
 from agent.kube.parse import Pod
@@ -21,7 +22,6 @@ from agent.reconcile import Reconciler
 from agent.status import Facts
 from agent.usage import Offer
 from agent.words import Word
-from tests.hook.patches import patched
 from tests.hook.pods import BUCKET, LLAMA, WORLD, cases, golden
 
 EARLY, CACHED, LATER = (f"2026-01-0{day}T00:00:00Z" for day in (1, 2, 3))
@@ -63,7 +63,7 @@ def test_of_the_pods_that_kserve_makes_those_with_a_cached_initializer(case: str
     assert past(pod(found)) == PAST.get(case)
     decision = mutate(found, WORLD, namespace=found["metadata"]["namespace"])
     if isinstance(decision, Mutation):
-        assert past(pod(patched(found, decision.patch))) is None, "the hook helped it"
+        assert past(pod(applied(found, decision.patch))) is None, "the hook helped it"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
-"""JSON Patch (RFC 6902), as much of it as the hook sends; and what it may change at all."""
+"""What the hook's patches may change at all."""
 
-import copy
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 OURS = re.compile(
@@ -19,26 +17,6 @@ CHANGED = re.compile(
     r"|/spec/(initContainers|containers)/\d+/volumeMounts/\d+/subPath"
 )
 """What may be another than it was: the last two only where KServe rewrote the pod."""
-
-
-def patched(document: Any, patch: Iterable[Mapping[str, Any]]) -> Any:
-    """A patched copy. Raises what the API server would refuse: `replace` of what is not there."""
-    result = copy.deepcopy(document)
-    for step in patch:
-        *parents, last = (
-            part.replace("~1", "/").replace("~0", "~") for part in step["path"].split("/")[1:]
-        )
-        owner = result
-        for part in parents:
-            owner = owner[int(part)] if isinstance(owner, list) else owner[part]
-        value = copy.deepcopy(step["value"])
-        if isinstance(owner, list):
-            assert step["op"] == "add", step
-            owner.insert(len(owner) if last == "-" else int(last), value)
-        else:
-            assert (last in owner) == (step["op"] == "replace"), step
-            owner[last] = value
-    return result
 
 
 def changes(before: Any, after: Any, pointer: str = "") -> dict[str, tuple[Any, Any]]:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from agent.hook.admission import MOUNT, VOLUME, mutate
 from agent.hook.decisions import EXPLAINED, QUIET, Mutation, Skip, Why
+from agent.hook.patch import applied
 from agent.hook.scheduling import Node
 from agent.hook.world import Cache, Group, World
 from agent.model import cache_key
 from tests.hook.generated import named_pods
-from tests.hook.patches import changes, patched
+from tests.hook.patches import changes
 from tests.hook.pods import (
     A100,
     BUCKET,
@@ -43,7 +44,7 @@ def helped(pod: dict[str, Any], world: World = WORLD) -> dict[str, Any]:
     """The pod as it is stored, which the hook then leaves alone."""
     decision = admit(pod, world)
     assert isinstance(decision, Mutation), decision
-    result: dict[str, Any] = patched(pod, decision.patch)
+    result: dict[str, Any] = applied(pod, decision.patch)
     assert admit(result, world) == Skip(why=Why.DONE), "helped twice"
     assert result["metadata"]["annotations"]["localmodel-agent.io/keys"] == ",".join(decision.keys)
     return result
@@ -257,7 +258,7 @@ def test_a_page_that_linux_would_not_run_is_not_written() -> None:
         decision = admit(pod)
         assert isinstance(decision, Mutation) is ok
         if isinstance(decision, Mutation):
-            after = patched(pod, decision.patch)
+            after = applied(pod, decision.patch)
             assert len(after["spec"]["initContainers"][0]["command"][2]) < 128 * 1024
 
 
@@ -594,7 +595,7 @@ def test_any_part_of_a_pod_may_be_missing(data: st.DataObject) -> None:
     assert json.dumps(pod) == before
     assert mutate(pod, world, namespace="team-a") == decision
     if isinstance(decision, Mutation):
-        again = mutate(patched(pod, decision.patch), world, namespace="team-a")
+        again = mutate(applied(pod, decision.patch), world, namespace="team-a")
         assert again == Skip(why=Why.DONE)
 
 

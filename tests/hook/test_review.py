@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.hook import review
-from agent.hook.decisions import Why
+from agent.hook.admission import mutate
+from agent.hook.decisions import Mutation, Why
+from agent.hook.patch import applied
 from agent.hook.review import OUTCOMES, Answer, Deletion, Outcome
 from agent.hook.validation import Users
 from agent.hook.world import World
 from agent.kube.parse import KSERVE_LABEL
 from agent.model import cache_key
 from agent.sources import scheme_of
-from tests.hook.patches import patched
 from tests.hook.pods import LLAMA, MIXED, WORLD, cases, golden, plain
 
 GIB = 1024**3
@@ -82,7 +83,7 @@ def test_a_pod_is_patched() -> None:
     assert found["auditAnnotations"] == {
         "decision": f"Patched: wrapped: {LLAMA} from the cache of gpu1"
     }
-    after = patched(pod, json.loads(base64.b64decode(found["patch"])))
+    after = applied(pod, json.loads(base64.b64decode(found["patch"])))
     assert after["spec"]["volumes"][-1]["name"] == "localmodel-cache"
     assert mutated(asked(pod, dryRun=True))[1] == found
     again, found = mutated(asked(after))
@@ -333,3 +334,15 @@ def test_whatever_comes_is_answered(data: st.DataObject) -> None:
 def test_garbage_is_a_value_error(body: bytes) -> None:
     with pytest.raises(ValueError):
         review.read(body)
+
+
+def test_a_patch_that_does_not_apply_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API server would refuse the pod for it, whatever the failurePolicy."""
+    good = mutate(golden("uncached-hf"), WORLD, namespace="team-a")
+    assert isinstance(good, Mutation)
+    for path in ("/spec/nowhere/-", "/spec/volumes/99", "/spec/volumes/-1", "/metadata/name/x"):
+        bad = replace(good, patch=(*good.patch, {"op": "add", "path": path, "value": {}}))
+        monkeypatch.setattr(review, "mutate", lambda *_, bad=bad, **__: bad)
+        answer, found = mutated(asked(golden("uncached-hf")))
+        assert answer.outcome is Outcome.ERROR, path
+        assert "patch" not in found
