@@ -29,7 +29,6 @@ _GRACE_SECONDS = 15.0
 and that is not in any list yet."""
 
 _RULE = RULES[Reason.CLAIM_FAILED]
-_PAGE = "500"
 
 
 class _Failed(NamedTuple):
@@ -123,17 +122,13 @@ class Keeper:
     async def _ask(self) -> frozenset[Place] | None:
         """The places that a pod uses; None where the API server cannot say."""
         used: frozenset[Place] = frozenset()
-        params = {"limit": _PAGE}
         try:
-            while True:
-                page = await self._api.list("/api/v1/pods", params)
+            async for page in self._api.pages("/api/v1/pods"):
                 used = used.union(*map(mounted, page["items"] or ()))
-                if not (rest := page["metadata"].get("continue")):
-                    return used
-                params["continue"] = rest
         except (AgentError, LookupError, TypeError, AttributeError) as error:
             _log.warning("nobody can tell which claims are in use: %s", error)
             return None
+        return used
 
     async def _apply(self, place: Place, action: Action) -> None:
         try:

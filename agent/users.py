@@ -10,7 +10,6 @@ from agent.kube import parse
 from agent.kube.client import Api, ApiError, Json
 
 _VERSIONS = {"inferenceservices": "v1beta1", "llminferenceservices": "v1alpha1"}
-_PAGE = "500"
 
 
 async def users_of(api: Api, deletion: Deletion) -> Users:
@@ -37,9 +36,8 @@ async def _service(api: Api, resource: str, namespace: str, name: str) -> Json |
 async def _pods(api: Api, deletion: Deletion) -> list[str]:
     """Those that rely on its key and have not ended."""
     where = f"/namespaces/{deletion.namespace}" if deletion.namespace else ""
-    params, found = {"limit": _PAGE}, []
-    while True:
-        page = await api.list(f"/api/v1{where}/pods", params)
+    found = []
+    async for page in api.pages(f"/api/v1{where}/pods"):
         for raw in page["items"] or ():
             try:
                 pod = parse.pod(raw)
@@ -47,6 +45,4 @@ async def _pods(api: Api, deletion: Deletion) -> list[str]:
                 continue  # it has nothing of ours, which is well formed
             if deletion.key in pod.keys and not pod.finished:
                 found.append(f"{pod.namespace}/{pod.name}")
-        if not (rest := page["metadata"].get("continue")):
-            return sorted(found)
-        params["continue"] = rest
+    return sorted(found)

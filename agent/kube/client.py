@@ -30,6 +30,7 @@ _METADATA = "application/json;as={kind};g=meta.k8s.io;v=v1,application/json"
 
 _NO_JSON = (ValueError, RecursionError)  # the second: a hundred thousand brackets
 
+_PAGE = 500
 _REQUEST_SECONDS = 15.0
 _SILENCE_SECONDS = 150.0
 """The server sends a bookmark a minute: a watch that is silent for longer has lost its server
@@ -100,6 +101,18 @@ class Api:
         if not _is_list(page):
             raise ApiError(0, f"GET {path}: the answer is no list of objects")
         return page
+
+    async def pages(
+        self, path: str, params: Mapping[str, str] | None = None, *, metadata: str = ""
+    ) -> AsyncGenerator[Json, None]:
+        """A whole collection, page by page, as it was at one moment; `list` has the arguments."""
+        asked = {**(params or {}), "limit": str(_PAGE)}
+        while True:
+            page = await self.list(path, asked, metadata=metadata)
+            yield page
+            if not (rest := page["metadata"].get("continue")):
+                return
+            asked["continue"] = rest
 
     async def create(self, path: str, body: Json) -> Json:
         return _object("POST", path, await self._request("POST", path, body=body))

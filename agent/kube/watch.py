@@ -35,7 +35,6 @@ _ENDED_CAP_SECONDS = 5.0
 """The longest pause after such a watch. It may also be a proxy that closes what is idle: then this
 is how long we hear nothing."""
 _WATCH_SECONDS = (300, 600)  # as client-go: spread, so that a fleet does not come back at once
-_PAGE = 500
 _CHANGES = ("ADDED", "MODIFIED", "DELETED")
 
 
@@ -142,17 +141,11 @@ class Watch(Generic[T]):
         found: dict[str, T] = {}
         seen: set[str] = set()
         metadata = "PartialObjectMetadataList" if self._metadata_only else ""
-        params = {**self._params, "limit": str(_PAGE)}
-        while True:
-            page = await self._api.list(self._path, params, metadata=metadata)
+        async for page in self._api.pages(self._path, self._params, metadata=metadata):
             for raw in page["items"] or ():
                 seen.add(_name(raw))
                 self._put(found, raw)
-            meta = page["metadata"]
-            if not meta.get("continue"):
-                break
-            params["continue"] = meta["continue"]
-        self._version = meta["resourceVersion"]
+        self._version = page["metadata"]["resourceVersion"]
         self.unreadable &= seen
         self._exists, self._unknown_since = True, None
         self._replace(found)

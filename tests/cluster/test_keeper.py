@@ -127,7 +127,8 @@ def finalized(plane: ControlPlane, path: str, uid: str = "") -> bool:
 
 @pytest.fixture
 def place(plane: ControlPlane, controller: Controller) -> Iterator[Place]:
-    """A namespace with our label, and a node group."""
+    """A namespace with our label, and a node group; what is left of it waits for nothing any more
+    when the next test counts what waits, and who deletes."""
     name = f"gpu{next(_numbers)}"
     plane.apply(group(name, "/models"))
     namespace(plane, f"team-{name}", inject="enabled")
@@ -135,6 +136,7 @@ def place(plane: ControlPlane, controller: Controller) -> Iterator[Place]:
     yield made
     made.label(None)
     plane.request("DELETE", f"{GROUPS}/{name}")
+    until(lambda: made.gone() and not waiting(controller), controller.log_text)
 
 
 def waiting(controller: Controller) -> float:

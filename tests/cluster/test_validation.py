@@ -140,12 +140,15 @@ def delete(plane: ControlPlane, name: str) -> str:
 def test_a_cache_that_a_pod_relies_on_stays(plane: ControlPlane) -> None:
     create(plane, written("relied", "hf://relied/model", ["gpu2"]))
     note = {"localmodel-agent.io/keys": cache_key("hf://relied/model")}
-    spec = {"containers": [{"name": "main", "image": "any"}]}
+    mount = {"name": "cache", "mountPath": "/mnt/localmodel"}
+    volume = {"name": "cache", "persistentVolumeClaim": {"claimName": "localmodel-gpu2"}}
+    main = {"name": "main", "image": "any", "volumeMounts": [mount]}
+    spec = {"containers": [main], "volumes": [volume]}
     pods = PODS.format("team-a")
     body = {"metadata": {"name": "user", "annotations": note}, "spec": spec}
     plane.request("POST", pods, body).ok()
     told = delete(plane, "relied")
-    assert "it is in use by pod team-a/user: delete these, or give them another model" in told
+    assert "relied is in use by pod team-a/user: delete these, or give them another model" in told
     plane.request("PATCH", f"{pods}/user/status", {"status": {"phase": "Failed"}}).ok()
     assert "deleted" in delete(plane, "relied")
     assert plane.request("GET", f"{CACHES}/relied").status == 404
@@ -192,7 +195,7 @@ def test_a_cache_stays_while_a_service_uses_it(plane: ControlPlane) -> None:
     gone = {"name": "gone", "namespace": "team-a"}
     used_by(plane, "served", inferenceServices=[gone, {"name": "llm", "namespace": "team-a"}])
     told = delete(plane, "served")
-    assert "it is in use by InferenceService team-a/llm: delete these" in told
+    assert "served is in use by InferenceService team-a/llm: delete these" in told
     plane.request("DELETE", f"{services}/llm").ok()
     assert "deleted" in delete(plane, "served")  # though its status still names both
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from agent.errors import Reason
+from agent.kube import client as client_module
 from agent.kube import lease as lease_module
 from agent.kube import parse
 from agent.kube import watch as watch_module
@@ -261,7 +262,7 @@ class ClusterContract:
     async def test_a_long_list_comes_page_by_page(
         self, world: World, api: Noting, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(watch_module, "_PAGE", 2)
+        monkeypatch.setattr(client_module, "_PAGE", 2)
         names = {f"{world.node}-{number}" for number in range(5)}
         for name in names:
             await world.put(f"{CACHES}/{name}", cache(name, URI, ["gpu"]))
