@@ -236,7 +236,8 @@ class ControllerSettings:
     """How one replica of the controller runs; flags and variables as those of the agent."""
 
     mode: Mode = _setting(
-        "kserve: beside KServe's controller; standalone: without it, refusing to run where it does",
+        "required; kserve: beside KServe's local model controller; standalone: without it, keeping"
+        " nothing where it runs",
         parse=_mode,
     )
     listen: str = _setting("host:port of the hook, by TLS", default="0.0.0.0:9443")
@@ -280,8 +281,9 @@ class ControllerSettings:
     )
 
     def __post_init__(self) -> None:
-        listen_address(self.listen)
-        listen_address(self.health_listen)
+        hook, health = listen_address(self.listen), listen_address(self.health_listen)
+        if hook[1] == health[1] != 0:
+            raise _invalid("--listen and --health-listen must be two ports")
         if not 0 <= self.drain_seconds <= 60:
             raise _invalid("--drain-seconds must be from 0 to 60")
 

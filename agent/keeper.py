@@ -156,7 +156,8 @@ class Keeper:
         message = f"no claim of the node group {name} in {namespace}: {error.message}"
         if error.status == 409 and count > 1 and isinstance(action, Create):
             message += "; that one is not ours: rename it or remove it"
-        _log.warning("%s", message)
+        late = error.status == 409 and count == 1  # our own view may be; it is looked at again
+        _log.log(logging.INFO if late else logging.WARNING, "%s", message)
         group = self._watched.groups.objects.get(name)
         if group is not None and count > 1:  # the first may be our own view that is late
             subject = Subject("LocalModelNodeGroup", "", name, group.uid)

@@ -33,7 +33,7 @@ SAYS: Mapping[Said, str] = {
     Said.WAITS: "it cannot start before a model is here; the message says how far that is",
     Said.READY: "what it waited for is here; it goes on by itself",
     Said.NOT_ASKED_FOR: "it waits for a model that no entry of this node's LocalModelNode asks for",
-    Said.BYPASSED: "it downloads by itself what this node's cache is there for",
+    Said.BYPASSED: "it is to read what this node's cache is there for, and reads past it",
 }
 
 
@@ -117,8 +117,8 @@ def of_bypass(uri: str, fact: Facts | None, *, namespace: str) -> Word:
     return Word(
         kind="Warning",
         reason=Said.BYPASSED,
-        message=f"downloads {shown} itself, though this node {here}: the hook left this pod as it"
-        f" was. See `kubectl -n {namespace} get deploy localmodel-controller`; its metric"
+        message=f"reads {shown} past the cache, though this node {here}: the hook left this pod as"
+        f" it was. See `kubectl -n {namespace} get deploy localmodel-controller`; its metric"
         " localmodel_hook_pods_total says why pods are left",
     )
 

@@ -28,7 +28,7 @@ from agent.hook.wrapper import Pair, command
 from agent.kube import parse
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
-from agent.kube.parse import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL
+from agent.kube.parse import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL, sources
 from agent.model import CacheKey, cache_key, claim_name
 from agent.quantities import parse_duration
 
@@ -428,13 +428,11 @@ def _only(node: str) -> Json:
 
 def _named(notes: Json) -> dict[str, tuple[str, str]]:
     """The models that annotations name: URI and mount path, by the name behind the dot."""
-    found = {}
-    for note, uri in sorted(notes.items()):
-        name = note.removeprefix(f"{PREFIX}/source")
-        if name != note and (not name or name.startswith(".")):
-            place = str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")
-            found[name] = str(uri), _normal(place)
-    return found
+    places = {name: notes.get(f"{PREFIX}/mount-path{name}") for name in sources(notes)}
+    return {
+        name: (uri, _normal(str(places[name] or "/mnt/models")))
+        for name, uri in sources(notes).items()
+    }
 
 
 def _normal(path: str) -> str:

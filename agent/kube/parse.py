@@ -109,8 +109,9 @@ class Pod:
     `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
     model, and `served_by_kserve` says that it does so as KServe's pods do; `directories` are those
     of the node that it mounts; `host_paths` lead there from the path in its first container.
-    `downloads` are the URIs that its storage initializer brings past the cache: none for a pod that
-    was given a claim or wants none. `started`: its containers have begun. `created` is RFC 3339.
+    `downloads` are the URIs that its initializer or an annotation names, past the cache: none for a
+    pod that was given a claim or wants none. `started`: its containers have begun. `created` is by
+    RFC 3339.
     """
 
     uid: str
@@ -354,14 +355,24 @@ def writes(notes: Mapping[str, Any]) -> bool:
 def _downloads(
     spec: Mapping[str, Any], volumes: Mapping[str, Any], notes: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """The URIs of `uri destination [uri destination ...]`."""
+    """The URIs of `uri destination [uri destination ...]`, and those that annotations name."""
     helped = INJECTED in notes or KEYS in notes or KSERVE_CLAIM in volumes
     if helped or is_disabled(notes) or writes(notes):
         return ()
     found = [c for c in spec.get("initContainers") or () if c.get("name") == INITIALIZER]
     words = [str(word) for container in found for word in container.get("args") or ()]
-    uris = words[: 2 * _MOST_DOWNLOADS : 2]
+    uris = [*words[: 2 * _MOST_DOWNLOADS : 2], *sources(notes).values()][:_MOST_DOWNLOADS]
     return tuple(uri for uri in uris if len(uri) <= _LONGEST_URI)
+
+
+def sources(notes: Mapping[str, Any]) -> dict[str, str]:
+    """The URIs that annotations of a pod name, by the name behind the dot with its dot, "" for the
+    one without."""
+    prefix = f"{ANNOTATIONS}/source"
+    found = {
+        note.removeprefix(prefix): uri for note, uri in notes.items() if note.startswith(prefix)
+    }
+    return {name: str(found[name]) for name in sorted(found) if not name or name.startswith(".")}
 
 
 def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -36,8 +36,7 @@ def test_everything_is_created(
     private_control_plane: Callable[..., ControlPlane], overlay: str
 ) -> None:
     plane = private_control_plane(installed=False)
-    if overlay != "standalone":
-        make_kserves_namespaces(plane)
+    make_kserves_namespaces(plane)
     manifests = REPOSITORY / "daemonset/overlays" / overlay
     wanted = list(yaml.safe_load_all(plane.kubectl("kustomize", manifests)))
     made = plane.kubectl("apply", "-k", manifests).splitlines()

@@ -86,7 +86,7 @@ def test_a_pod_that_goes_past_the_cache_is_counted_and_told_once(node: Node) -> 
     node.add_pod(other, downloads=MISSING)
     event = node.wait_event(agent, pod, "CacheBypassed")
     assert (event["type"], event["count"]) == ("Warning", 1)
-    assert f"downloads {URI}/ itself, though this node has it" in event["message"]
+    assert f"reads {URI}/ past the cache, though this node has it" in event["message"]
     _wait_bypassed(agent, 1)
     agent.kill()
     agent = node.start().wait_ready()

@@ -420,7 +420,7 @@ def test_a_deployment_names_a_base_model_and_an_adapter(system: Callable[[str], 
     found = plain.admitted(pod, "Patched")
     base, adapter = (
         plain.named("LocalModelCache", name)["spec"]["sourceModelUri"]
-        for name in ("llama-base", "support-adapter")
+        for name in ("qwen-base", "support-adapter")
     )
     assert found.claims == {OURS: {"claimName": "localmodel-plain-gpus", "readOnly": True}}
     assert found.mounts("vllm") == {
@@ -434,7 +434,7 @@ def test_a_deployment_names_a_base_model_and_an_adapter(system: Callable[[str], 
     }
     assert found.note("keys").split(",") == sorted(map(cache_key, (base, adapter)))
     assert found.warnings == ()
-    plain.hold("plain-1", llama_base=16 * GIB, support_adapter=1)
+    plain.hold("plain-1", qwen_base=16 * GIB, support_adapter=1)
     check_shared(plain, pod, holder="plain-1", other="plain-2")
 
 

@@ -66,6 +66,14 @@ def test_of_the_pods_that_kserve_makes_those_with_a_cached_initializer(case: str
         assert past(pod(applied(found, decision.patch))) is None, "the hook helped it"
 
 
+def test_a_pod_that_names_its_model_and_was_not_given_it() -> None:
+    """It has no other way to it: it fails, and nobody else says why."""
+    named = {"localmodel-agent.io/source.base": f"{BUCKET}/llama"}
+    assert past(pod("oci", notes=named)) == f"{BUCKET}/llama"
+    assert past(pod("oci", notes={**named, "localmodel-agent.io/injected": "mounted"})) is None
+    assert past(pod("oci", notes={"localmodel-agent.io/sources": BUCKET})) is None
+
+
 @pytest.mark.parametrize(
     "notes",
     [

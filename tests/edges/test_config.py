@@ -142,6 +142,7 @@ def test_a_controller_knows_kserves_images_and_is_told_of_others() -> None:
         ({"mode": "kserve", "entrypoints": "a/b=/x"}, "is not NAME=/path"),
         ({"mode": "kserve", "entrypoints": "a=x"}, "is not NAME=/path"),
         ({"mode": "kserve", "drain_seconds": "3600"}, "from 0 to 60"),
+        ({"mode": "kserve", "listen": ":9810"}, "must be two ports"),
     ],
 )
 def test_what_a_controller_cannot_be(flags: dict[str, str], told: str) -> None:

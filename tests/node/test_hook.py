@@ -371,7 +371,7 @@ def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tena
         assert tree(made) == digests(repo)
         assert made.log("storage-initializer").split() == ["downloaded", uri]
         (told,) = until(lambda: made.events("CacheBypassed"), serving.describe)
-        assert f"downloads {uri} itself, though this node has it" in told
+        assert f"reads {uri} past the cache, though this node has it" in told
         assert serving.metric("localmodel_pods_bypassed_total") >= 1
     finally:
         scale(serving, 2)
