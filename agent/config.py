@@ -236,7 +236,7 @@ class ControllerSettings:
     """How one replica of the controller runs; flags and variables as those of the agent."""
 
     mode: Mode = _setting(
-        "kserve: beside KServe's controller; standalone: without it, refusing to run where it does",
+        "kserve: beside KServe's controller; standalone: without it, keeping nothing where it runs",
         parse=_mode,
     )
     listen: str = _setting("host:port of the hook, by TLS", default="0.0.0.0:9443")
@@ -281,16 +281,16 @@ class ControllerSettings:
 
     def __post_init__(self) -> None:
         listen_address(self.listen)
-        listen_address(self.health_listen)
+        listen_address(self.health_listen, "--health-listen")
         if not 0 <= self.drain_seconds <= 60:
             raise _invalid("--drain-seconds must be from 0 to 60")
 
 
-def listen_address(text: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port`."""
+def listen_address(text: str, flag: str = "--listen") -> tuple[str, int]:
+    """`host:port` or `[v6]:port`. Raises InvalidSpec naming the flag."""
     host, separator, port = text.rpartition(":")
     if not separator or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise _invalid(f"--listen {text!r} must be host:port, for example 127.0.0.1:9810")
+        raise _invalid(f"{flag} {text!r} must be host:port, for example 127.0.0.1:9810")
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
