@@ -20,7 +20,7 @@ from agent.hook.admission import mutate
 from agent.hook.advice import MODELMESH, advise
 from agent.hook.decisions import QUIET, Mutation, Skip, Why
 from agent.hook.spec import WARNING, Json, at, cut
-from agent.hook.validation import NOBODY, Users, users_of, validate
+from agent.hook.validation import NOBODY, Users, services_of, validate
 from agent.hook.world import World
 from agent.kube.parse import ANNOTATIONS, GROUP, KSERVE_LABEL, VERSION
 from agent.model import CacheKey, cache_key
@@ -86,11 +86,11 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
     """What must be known of others before a cache may go: the pods that rely on `key`, in
-    `namespace` ("" for all), and which of these services exist still."""
+    `namespace` ("" for all), and which services exist still, by their API paths."""
 
     key: CacheKey
     namespace: str
-    services: tuple[tuple[str, str, str], ...]
+    services: tuple[str, ...]
 
 
 def read(body: bytes) -> Request:
@@ -132,7 +132,7 @@ def deletion(request: Request) -> Deletion | None:
         return Deletion(
             key=cache_key(str(at(old, "spec").get("sourceModelUri"))),
             namespace=request.namespace,
-            services=tuple(users_of(old)),
+            services=services_of(old),
         )
     except (AttributeError, TypeError, UnicodeEncodeError):  # no cache that could be in use
         return None

@@ -200,7 +200,7 @@ def test_a_deletion_says_whom_to_ask() -> None:
     assert review.deletion(request) == Deletion(
         key=cache_key("hf://acme/new"),
         namespace="",
-        services=(("inferenceservices", "team-a", "a"),),
+        services=("/apis/serving.kserve.io/v1beta1/namespaces/team-a/inferenceservices/a",),
     )
     assert validated(raw)[1]["allowed"] is True
     answer, found = validated(raw, users=Users(pods=("team-a/p",)))
