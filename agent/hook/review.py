@@ -10,7 +10,6 @@ through as it is: that is `Unreadable` and `Error` in the metric, and no pod tha
 
 import base64
 import json
-import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,9 +27,6 @@ from agent.model import CacheKey, cache_key
 API = "admission.k8s.io/v1"
 _MOST_WARNINGS = 5
 _MOST_TEXT = 1000  # characters of a refusal, of what the audit log and ours get
-_SECRET = re.compile(r"(://)[^\s/@?]*@|(?<=[^\s?])\?[^\s,;]+")
-"""What a URI may hold that is not for a log: user and password, and the signature in a query."""
-
 _POD = (("", "v1", "Pod"),)
 _CACHES = tuple((GROUP, VERSION, kind) for kind in ("LocalModelCache", "LocalModelNamespaceCache"))
 
@@ -206,10 +202,6 @@ def _advice(pod: Json, decision: Mutation | Skip, world: World, namespace: str) 
     return advise(pod, world, keys=(), group="", namespace=namespace)
 
 
-def _without_secrets(text: str) -> str:
-    return _SECRET.sub(r"\1", cut(text, _MOST_TEXT))
-
-
 def _answer(
     request: Request,
     outcome: Outcome | Why,
@@ -219,7 +211,7 @@ def _answer(
     patch: Iterable[Json] = (),
     refused: bool = False,
 ) -> Answer:
-    detail = _without_secrets(detail)
+    detail = cut(detail, _MOST_TEXT)
     decision = cut(f"{outcome}: {detail}" if detail else str(outcome), _MOST_TEXT)
     response: dict[str, Any] = {
         "uid": request.uid,
@@ -227,16 +219,11 @@ def _answer(
         "auditAnnotations": {"decision": decision},
     }
     if refused:
-        response["status"] = {
-            "code": 403,
-            "reason": "Forbidden",
-            "message": cut(detail, _MOST_TEXT),
-        }
-    told = [cut(_without_secrets(warning), WARNING) for warning in warnings]
-    if shown := told[:_MOST_WARNINGS]:
+        response["status"] = {"code": 403, "reason": "Forbidden", "message": detail}
+    if shown := [cut(warning, WARNING) for warning in warnings][:_MOST_WARNINGS]:
         response["warnings"] = shown
     if steps := list(patch):
         encoded = base64.b64encode(json.dumps(steps).encode()).decode()
         response |= {"patchType": "JSONPatch", "patch": encoded}
     review = {"apiVersion": API, "kind": "AdmissionReview", "response": response}
-    return Answer(body=json.dumps(review).encode(), outcome=outcome, detail=cut(detail, _MOST_TEXT))
+    return Answer(body=json.dumps(review).encode(), outcome=outcome, detail=detail)

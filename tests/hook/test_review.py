@@ -161,6 +161,13 @@ def test_no_log_and_no_warning_has_what_a_uri_hides() -> None:
     assert "sesame" not in told
 
 
+def test_a_secret_is_hidden_before_it_is_cut() -> None:
+    """A name gets a hundred characters: behind a long token, no `@` would be left."""
+    answer, found = mutated(asked(plain(source=f"https://oauth2:{'sesame' * 20}@host/x")))
+    assert answer.detail == "https://host/x"
+    assert "sesame" not in json.dumps(found)
+
+
 def test_of_many_warnings_five_are_given() -> None:
     pod = golden("triton-vllm")
     pod["spec"]["containers"] *= 7
