@@ -114,8 +114,10 @@ class Controller:
         self.serving = False
         self.turned_at = -inf
         self._led = False
-        for outcome in review.OUTCOMES:  # a rate over a series that appears late is blind
-            metrics.pods.labels(outcome)
+        for pods in review.OF_PODS:  # a rate over a series that appears late is blind
+            metrics.pods.labels(pods)
+        for caches in review.OF_CACHES:
+            metrics.validations.labels(caches)
         namespace = settings.pod_namespace
         self.tls = ServerTLS()
         self._recorder = Recorder(api, node=socket.gethostname())

@@ -41,8 +41,10 @@ class Outcome(StrEnum):
     ERROR = "Error"  # a bug of ours
 
 
-OUTCOMES = (*Outcome, *Why)
-"""All values of the metric's label."""
+_LET_THROUGH = (Outcome.UNREADABLE, Outcome.ERROR)
+OF_PODS = (Outcome.PATCHED, *_LET_THROUGH, *Why)
+OF_CACHES = (Outcome.ALLOWED, Outcome.REFUSED, *_LET_THROUGH)
+"""All values of the metrics' labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

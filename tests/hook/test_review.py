@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.hook import review
 from agent.hook.decisions import Why
-from agent.hook.review import OUTCOMES, Answer, Deletion, Outcome
+from agent.hook.review import OF_CACHES, OF_PODS, Answer, Deletion, Outcome
 from agent.hook.validation import Users
 from agent.hook.world import World
 from agent.kube.parse import KSERVE_LABEL
@@ -43,12 +43,14 @@ def asked(
 
 def mutated(raw: Any, world: World = WORLD) -> tuple[Answer, dict[str, Any]]:
     answer = review.mutated(review.read(json.dumps(raw).encode()), world)
+    assert answer.outcome in OF_PODS
     return answer, response(answer)
 
 
 def validated(raw: Any, **known: Any) -> tuple[Answer, dict[str, Any]]:
     request = review.read(json.dumps(raw).encode())
     answer = review.validated(request, WORLD, check=scheme_of, **known)
+    assert answer.outcome in OF_CACHES
     return answer, response(answer)
 
 
@@ -62,7 +64,6 @@ def response(answer: Answer, uid: str = "0af-1") -> dict[str, Any]:
     assert found["uid"] == uid
     assert isinstance(found["allowed"], bool)
     assert ("patch" in found) == ("patchType" in found)
-    assert answer.outcome in OUTCOMES
     assert found["auditAnnotations"]["decision"].startswith(answer.outcome)
     warnings = found.get("warnings", [])
     assert len(warnings) <= 5
