@@ -171,16 +171,19 @@ class Controller:
         )
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        """Everything that goes on, each until cancelled."""
-        watches = [*self._watched.watches]
+        """Everything that goes on, each until cancelled. Raises InvalidSpec for a `tls_dir` that
+        cannot be used."""
+        watches, directory = [*self._watched.watches], None
+        if self._settings.tls_dir is not None:  # first: it may be no good
+            directory = CertificateDirectory(self._settings.tls_dir, self.tls)
         others = [self._lease.run(), self._recorder.run(), self._keeper.run(), self._turn()]
         if self._rival is not None:
             others.append(self._rival.run())
-        if self._settings.tls_dir is None:
+        if directory is None:
             watches.append(self._signing.watch)
             others.append(self._signing.run())
         else:
-            others.append(self._follow(CertificateDirectory(self._settings.tls_dir, self.tls)))
+            others.append(self._follow(directory))
         return [*(watch.run() for watch in watches), *others]
 
     async def _follow(self, directory: CertificateDirectory) -> None:
