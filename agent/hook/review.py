@@ -21,7 +21,7 @@ from agent.hook.decisions import QUIET, Mutation, Skip, Why
 from agent.hook.spec import WARNING, Json, at, cut
 from agent.hook.validation import NOBODY, Users, services_of, validate
 from agent.hook.world import World
-from agent.kube.parse import ANNOTATIONS, GROUP, KSERVE_LABEL, VERSION
+from agent.kube.parse import GROUP, KSERVE_LABEL, VERSION, is_disabled
 from agent.model import CacheKey, cache_key
 
 API = "admission.k8s.io/v1"
@@ -196,7 +196,7 @@ def _advice(pod: Json, decision: Mutation | Skip, world: World, namespace: str) 
     if isinstance(decision, Mutation):
         return advise(pod, world, keys=decision.keys, group=decision.group, namespace=namespace)
     metadata = at(pod, "metadata")
-    if at(metadata, "annotations").get(f"{ANNOTATIONS}/disable") == "true":
+    if is_disabled(at(metadata, "annotations")):
         return ()
     labels = {KSERVE_LABEL, MODELMESH} & at(metadata, "labels").keys()
     if decision.why is Why.NOT_OURS and not labels:

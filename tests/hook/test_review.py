@@ -130,9 +130,10 @@ def test_a_predictor_is_advised_whether_or_not_it_is_helped() -> None:
     assert answer.outcome is Why.NO_CACHE
     (said,) = found["warnings"]
     assert "Stub process is not healthy" in said
-    pod = golden("triton-vllm")
-    pod["metadata"]["annotations"]["localmodel-agent.io/disable"] = "true"
-    assert "warnings" not in mutated(asked(pod))[1]
+    for disable in ("localmodel-agent.io/disable", "serving.kserve.io/disable-localmodel"):
+        pod = golden("triton-vllm")
+        pod["metadata"]["annotations"][disable] = "true"
+        assert "warnings" not in mutated(asked(pod))[1]
 
 
 def test_what_is_no_predictor_is_left_in_peace() -> None:
