@@ -34,6 +34,7 @@ from agent.phases import Phase
 from agent.publish import Body
 from agent.reconcile import Reconciler
 from agent.sources import scheme_of
+from agent.tasks import flagged
 from agent.usage import Offer
 from agent.wishes import Desired, of_node
 from agent.words import Word
@@ -179,12 +180,7 @@ class Cluster:
 
     async def woken(self, seconds: float) -> None:
         """Wait for a change, or so long."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._flag.wait()
-        except TimeoutError:
-            pass
-        self._flag.clear()
+        await flagged(self._flag, seconds)
         self._writer.changed()
 
     def _node_changed(self) -> None:

@@ -281,18 +281,21 @@ class ControllerSettings:
     )
 
     def __post_init__(self) -> None:
-        hook, health = listen_address(self.listen), listen_address(self.health_listen)
+        hook, health = (
+            listen_address(self.listen),
+            listen_address(self.health_listen, "--health-listen"),
+        )
         if hook[1] == health[1] != 0:
             raise _invalid("--listen and --health-listen must be two ports")
         if not 0 <= self.drain_seconds <= 60:
             raise _invalid("--drain-seconds must be from 0 to 60")
 
 
-def listen_address(text: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port`."""
+def listen_address(text: str, flag: str = "--listen") -> tuple[str, int]:
+    """`host:port` or `[v6]:port`. Raises InvalidSpec naming the flag."""
     host, separator, port = text.rpartition(":")
     if not separator or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise _invalid(f"--listen {text!r} must be host:port, for example 127.0.0.1:9810")
+        raise _invalid(f"{flag} {text!r} must be host:port, for example 127.0.0.1:9810")
     return host.strip("[]") or "0.0.0.0", int(port)
 
 

@@ -114,8 +114,10 @@ class Controller:
         self.serving = False
         self.turned_at = -inf
         self._led = False
-        for outcome in review.OUTCOMES:  # a rate over a series that appears late is blind
-            metrics.pods.labels(outcome)
+        for pods in review.OF_PODS:  # a rate over a series that appears late is blind
+            metrics.pods.labels(pods)
+        for caches in review.OF_CACHES:
+            metrics.validations.labels(caches)
         namespace = settings.pod_namespace
         self.tls = ServerTLS()
         self._recorder = Recorder(api, node=socket.gethostname())
@@ -169,16 +171,19 @@ class Controller:
         )
 
     def work(self) -> list[Coroutine[Any, Any, None]]:
-        """Everything that goes on, each until cancelled."""
-        watches = [*self._watched.watches]
+        """Everything that goes on, each until cancelled. Raises InvalidSpec for a `tls_dir` that
+        cannot be used."""
+        watches, directory = [*self._watched.watches], None
+        if self._settings.tls_dir is not None:  # first: it may be no good
+            directory = CertificateDirectory(self._settings.tls_dir, self.tls)
         others = [self._lease.run(), self._recorder.run(), self._keeper.run(), self._turn()]
         if self._rival is not None:
             others.append(self._rival.run())
-        if self._settings.tls_dir is None:
+        if directory is None:
             watches.append(self._signing.watch)
             others.append(self._signing.run())
         else:
-            others.append(self._follow(CertificateDirectory(self._settings.tls_dir, self.tls)))
+            others.append(self._follow(directory))
         return [*(watch.run() for watch in watches), *others]
 
     async def _follow(self, directory: CertificateDirectory) -> None:

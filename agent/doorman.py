@@ -18,7 +18,7 @@ class Doorman(socket.socket):
     def __init__(self, host: str, port: int, *, most: int) -> None:
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         self._most = most
-        self._open: dict[socket.socket, Any] = {}
+        self._open: dict[socket.socket, str] = {}
         try:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self.family == socket.AF_INET6:

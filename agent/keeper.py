@@ -17,6 +17,7 @@ from agent.hook.volumes import Action, Create, Delete, Mend, Place, Plan, mounte
 from agent.kube.client import Api, ApiError
 from agent.kube.events import Recorder, Subject
 from agent.metrics import HookMetrics
+from agent.tasks import flagged
 from agent.watched import Part, Watched
 
 _log = logging.getLogger(__name__)
@@ -77,12 +78,7 @@ class Keeper:
             delay = self._look_seconds
             if self._leads():
                 delay = await self._turn()
-            try:
-                async with asyncio.timeout(delay):
-                    await self._flag.wait()
-            except TimeoutError:
-                pass
-            self._flag.clear()
+            await flagged(self._flag, delay)
 
     async def _turn(self) -> float:
         """Seconds until the next one, if nothing changes before."""

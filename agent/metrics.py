@@ -274,8 +274,8 @@ class HookMetrics:
         )
         self.validations = Counter(
             "localmodel_hook_validations",
-            "Caches that the hook was asked about: allowed, refused, or error.",
-            ["result"],
+            "Caches that the hook was asked about, by what it answered (docs/hook.md).",
+            ["outcome"],
             registry=registry,
         )
         self.seconds = Histogram(

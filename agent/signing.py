@@ -15,6 +15,7 @@ from agent.errors import AgentError, Reason
 from agent.kube.client import Api, ApiError, Json
 from agent.kube.watch import Watch
 from agent.metrics import HookMetrics
+from agent.tasks import flagged
 from agent.tls import ServerTLS
 
 _log = logging.getLogger(__name__)
@@ -96,12 +97,7 @@ class Signing:
                     conflict = isinstance(error, ApiError) and error.status == 409
                     if not conflict:
                         self._tell(AgentError(Reason.CERTIFICATE_FAILED, error.message))
-            try:
-                async with asyncio.timeout(delay):
-                    await self._flag.wait()
-            except TimeoutError:
-                pass
-            self._flag.clear()
+            await flagged(self._flag, delay)
 
     async def _turn(self) -> None:
         """The configurations are read before the Secret: no bundle is replaced by an older one."""

@@ -1,9 +1,10 @@
-"""How a process of ours runs: until one of its tasks fails, or it is told to stop."""
+"""How tasks of ours wait: for each other's failure, for the signal to stop, for something to do."""
 
 import asyncio
 import logging
 import signal
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -33,3 +34,11 @@ async def first_of(tasks: Sequence[asyncio.Task[None]], event: Coroutine[Any, An
                 task.result()
     finally:
         waiting.cancel()
+
+
+async def flagged(flag: asyncio.Event, seconds: float | None) -> None:
+    """Wait until it is set, or so long; None: for ever. It is not set any more then."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await flag.wait()
+    flag.clear()

@@ -9,24 +9,18 @@ from agent.hook.validation import Users
 from agent.kube import parse
 from agent.kube.client import Api, ApiError, Json
 
-_VERSIONS = {"inferenceservices": "v1beta1", "llminferenceservices": "v1alpha1"}
-
 
 async def users_of(api: Api, deletion: Deletion) -> Users:
     """Raises ApiError where the server cannot tell: then it must not be deleted."""
-    services = [
-        service
-        for resource, namespace, name in deletion.services
-        if (service := await _service(api, resource, namespace, name)) is not None
-    ]
-    return Users(services=tuple(services), pods=tuple(await _pods(api, deletion)))
+    found = [await _service(api, path) for path in deletion.services]
+    services = tuple(service for service in found if service is not None)
+    return Users(services=services, pods=tuple(await _pods(api, deletion)))
 
 
-async def _service(api: Api, resource: str, namespace: str, name: str) -> Json | None:
+async def _service(api: Api, path: str) -> Json | None:
     """None for one that is no more: KServe's own webhook would not let such a cache go."""
-    group = f"/apis/{parse.GROUP}/{_VERSIONS[resource]}"
     try:
-        return await api.get(f"{group}/namespaces/{namespace}/{resource}/{name}")
+        return await api.get(path)
     except ApiError as error:
         if error.status != 404:
             raise

@@ -51,10 +51,17 @@ def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
     """`pod` as the API server sends it, `namespace` of the request: a pod of a Deployment has none
     of its own yet. The same answer for the same arguments; of its own result, Skip(DONE)."""
     metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
-    labels, notes = metadata.get("labels") or {}, metadata.get("annotations") or {}
     volumes = spec.get("volumes") or ()
     scratch = frozenset(name_of(v) for v in volumes if v.get("emptyDir") is not None)
-    asked = _Asked(pod, spec, labels, notes, namespace, world, scratch)
+    asked = _Asked(
+        pod=pod,
+        spec=spec,
+        labels=metadata.get("labels") or {},
+        notes=metadata.get("annotations") or {},
+        namespace=namespace,
+        world=world,
+        scratch=scratch,
+    )
     try:
         return asked.answer()
     except _Left as left:
@@ -69,7 +76,7 @@ class _Left(Exception):
         self.skip = Skip(why=why, detail=detail)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
     """One pod and all that is known; `scratch` are the names of its `emptyDir` volumes."""
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from agent.errors import AgentError
-from agent.hook.scheduling import Node
+from agent.hook.scheduling import Node, extended_of
 from agent.hook.spec import Json, at
 from agent.hook.world import Cache, Group
 from agent.kube.credentials import storage_patterns
@@ -109,7 +109,6 @@ def node(raw: Json) -> Node | None:
     conditions = {one.get("type"): one.get("status") for one in status.get("conditions") or ()}
     if conditions.get("Ready") != "True":
         return None
-    allocatable = status.get("allocatable") or {}
     return Node(
         name=metadata["name"],
         labels=dict(metadata.get("labels") or {}),
@@ -117,11 +116,7 @@ def node(raw: Json) -> Node | None:
             {name: str(taint.get(name) or "") for name in ("key", "value", "effect")}
             for taint in spec.get("taints") or ()
         ),
-        extended=frozenset(
-            name
-            for name, number in allocatable.items()
-            if "/" in name and "kubernetes.io/" not in name and str(number) != "0"
-        ),
+        extended=extended_of(at(status, "allocatable")),
     )
 
 

@@ -10,7 +10,6 @@ through as it is: that is `Unreadable` and `Error` in the metric, and no pod tha
 
 import base64
 import json
-import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,17 +20,14 @@ from agent.hook.advice import MODELMESH, advise
 from agent.hook.decisions import QUIET, Mutation, Skip, Why
 from agent.hook.patch import applied
 from agent.hook.spec import WARNING, Json, at, cut
-from agent.hook.validation import NOBODY, Users, users_of, validate
+from agent.hook.validation import NOBODY, Users, services_of, validate
 from agent.hook.world import World
-from agent.kube.parse import ANNOTATIONS, GROUP, KSERVE_LABEL, VERSION
+from agent.kube.parse import GROUP, KSERVE_LABEL, VERSION, is_disabled
 from agent.model import CacheKey, cache_key
 
 API = "admission.k8s.io/v1"
 _MOST_WARNINGS = 5
 _MOST_TEXT = 1000  # characters of a refusal, of what the audit log and ours get
-_SECRET = re.compile(r"(://)[^\s/@?]*@|(?<=[^\s?])\?[^\s,;]+")
-"""What a URI may hold that is not for a log: user and password, and the signature in a query."""
-
 _POD = (("", "v1", "Pod"),)
 _CACHES = tuple((GROUP, VERSION, kind) for kind in ("LocalModelCache", "LocalModelNamespaceCache"))
 
@@ -46,8 +42,10 @@ class Outcome(StrEnum):
     ERROR = "Error"  # a bug of ours
 
 
-OUTCOMES = (*Outcome, *Why)
-"""All values of the metric's label."""
+_LET_THROUGH = (Outcome.UNREADABLE, Outcome.ERROR)
+OF_PODS = (Outcome.PATCHED, *_LET_THROUGH, *Why)
+OF_CACHES = (Outcome.ALLOWED, Outcome.REFUSED, *_LET_THROUGH)
+"""All values of the metrics' labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +85,11 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
     """What must be known of others before a cache may go: the pods that rely on `key`, in
-    `namespace` ("" for all), and which of these services exist still."""
+    `namespace` ("" for all), and which services exist still, by their API paths."""
 
     key: CacheKey
     namespace: str
-    services: tuple[tuple[str, str, str], ...]
+    services: tuple[str, ...]
 
 
 def read(body: bytes) -> Request:
@@ -137,7 +135,7 @@ def deletion(request: Request) -> Deletion | None:
         return Deletion(
             key=cache_key(str(at(old, "spec").get("sourceModelUri"))),
             namespace=request.namespace,
-            services=tuple(users_of(old)),
+            services=services_of(old),
         )
     except (AttributeError, TypeError, UnicodeEncodeError):  # no cache that could be in use
         return None
@@ -203,16 +201,12 @@ def _advice(pod: Json, decision: Mutation | Skip, world: World, namespace: str) 
     if isinstance(decision, Mutation):
         return advise(pod, world, keys=decision.keys, group=decision.group, namespace=namespace)
     metadata = at(pod, "metadata")
-    if at(metadata, "annotations").get(f"{ANNOTATIONS}/disable") == "true":
+    if is_disabled(at(metadata, "annotations")):
         return ()
     labels = {KSERVE_LABEL, MODELMESH} & at(metadata, "labels").keys()
     if decision.why is Why.NOT_OURS and not labels:
         return ()
     return advise(pod, world, keys=(), group="", namespace=namespace)
-
-
-def _without_secrets(text: str) -> str:
-    return _SECRET.sub(r"\1", cut(text, _MOST_TEXT))
 
 
 def _answer(
@@ -224,7 +218,7 @@ def _answer(
     patch: Iterable[Json] = (),
     refused: bool = False,
 ) -> Answer:
-    detail = _without_secrets(detail)
+    detail = cut(detail, _MOST_TEXT)
     decision = cut(f"{outcome}: {detail}" if detail else str(outcome), _MOST_TEXT)
     response: dict[str, Any] = {
         "uid": request.uid,
@@ -232,16 +226,11 @@ def _answer(
         "auditAnnotations": {"decision": decision},
     }
     if refused:
-        response["status"] = {
-            "code": 403,
-            "reason": "Forbidden",
-            "message": cut(detail, _MOST_TEXT),
-        }
-    told = [cut(_without_secrets(warning), WARNING) for warning in warnings]
-    if shown := told[:_MOST_WARNINGS]:
+        response["status"] = {"code": 403, "reason": "Forbidden", "message": detail}
+    if shown := [cut(warning, WARNING) for warning in warnings][:_MOST_WARNINGS]:
         response["warnings"] = shown
     if steps := list(patch):
         encoded = base64.b64encode(json.dumps(steps).encode()).decode()
         response |= {"patchType": "JSONPatch", "patch": encoded}
     review = {"apiVersion": API, "kind": "AdmissionReview", "response": response}
-    return Answer(body=json.dumps(review).encode(), outcome=outcome, detail=cut(detail, _MOST_TEXT))
+    return Answer(body=json.dumps(review).encode(), outcome=outcome, detail=detail)

@@ -110,9 +110,14 @@ def _tolerated(taint: Mapping[str, str], tolerations: Iterable[Json]) -> bool:
 
 def extended(pod: Json) -> frozenset[str]:
     """The resources that it asks for by a vendor's name."""
+    asked = (at(container, "resources", "limits") for _, container in containers(pod))
+    return frozenset[str]().union(*map(extended_of, asked))
+
+
+def extended_of(quantities: Json) -> frozenset[str]:
+    """Those with a vendor's name (`nvidia.com/gpu`) that there is some of."""
     return frozenset(
         name
-        for _, container in containers(pod)
-        for name, number in at(container, "resources", "limits").items()
+        for name, number in quantities.items()
         if "/" in name and "kubernetes.io/" not in name and str(number) not in ("", "0")
     )

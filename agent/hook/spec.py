@@ -1,9 +1,13 @@
 """Reading objects in which anything may be absent, and naming what is in them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
+
+_SECRET = re.compile(r"(://)[^\s/@?]*@|(?<=[^\s?])\?[^\s,;]+")
+"""What a URI may hold that is not for a log: user and password, and the signature in a query."""
 
 WARNING = 256
 """Characters of a warning: the API server cuts what is longer, from the end, where the fix is."""
@@ -41,6 +45,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """On one line, and no longer than this."""
-    line = "".join(c if c.isprintable() else " " for c in text)
+    """On one line, no longer than this, and without the secrets of URIs: these go first, because
+    nobody knows a password whose `@` was cut off."""
+    line = "".join(c if c.isprintable() else " " for c in _SECRET.sub(r"\1", text))
     return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -16,6 +16,7 @@ from agent.hook.spec import Json, at, cut, few
 from agent.hook.world import World
 from agent.kube.parse import (
     ANNOTATIONS,
+    GROUP,
     KSERVE_LABEL,
     check_not_of_node,
     size_of,
@@ -39,18 +40,18 @@ _LATE = (
 the vendors' labellers): an autoscaler that asks whether a node *would* fit does not see them, if
 nobody wrote them into its node template."""
 
-SERVICES: Mapping[str, tuple[str, str]] = {
-    "inferenceServices": ("inferenceservices", "InferenceService"),
-    "llmInferenceServices": ("llminferenceservices", "LLMInferenceService"),
+_SERVICES: Mapping[str, tuple[str, str]] = {
+    "inferenceServices": ("v1beta1", "inferenceservices"),
+    "llmInferenceServices": ("v1alpha1", "llminferenceservices"),
 }
-"""Lists in the status of a cache: their resource, and its kind."""
+"""Lists in the status of a cache: the version and the resource of what they name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Users:
     """Who was found to use a cache that is to be deleted.
 
-    `services` are the objects that `users_of` names and that exist still; `pods` are the names,
+    `services` are the objects that `services_of` names and that exist still; `pods` are the names,
     with namespaces, of those that rely on its key (`kube.parse.Pod.keys`) and have not finished.
     """
 
@@ -69,14 +70,14 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
 
-def users_of(cache: Json) -> list[tuple[str, str, str]]:
-    """Resource, namespace and name of the services that its status names: to be asked for before
-    it is deleted. KServe refuses where one of them has gone; here that is no user."""
-    return [
-        (resource, str(item.get("namespace")), str(item.get("name")))
-        for name, (resource, _) in SERVICES.items()
+def services_of(cache: Json) -> tuple[str, ...]:
+    """The API paths of the services that its status names: to be asked for before it is deleted.
+    KServe refuses where one of them has gone; here that is no user."""
+    return tuple(
+        f"/apis/{GROUP}/{version}/namespaces/{item.get('namespace')}/{resource}/{item.get('name')}"
+        for name, (version, resource) in _SERVICES.items()
         for item in at(cache, "status").get(name) or ()
-    ]
+    )
 
 
 def validate(

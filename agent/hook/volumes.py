@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from agent.hook.spec import Json, at
 from agent.hook.world import Group
@@ -254,21 +253,21 @@ def _hash(group: Group) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def claim(raw: Mapping[str, Any]) -> Claim:
-    metadata, status = raw.get("metadata") or {}, raw.get("status") or {}
+def claim(raw: Json) -> Claim:
+    metadata = at(raw, "metadata")
     return Claim(
         name=metadata["name"],
         namespace=metadata["namespace"],
         group=at(metadata, "annotations").get(GROUP_NOTE) or "",
-        phase=status.get("phase") or "",
+        phase=at(raw, "status").get("phase") or "",
         uid=metadata.get("uid") or "",
         volume=at(raw, "spec").get("volumeName") or "",
         deleting="deletionTimestamp" in metadata,
     )
 
 
-def volume(raw: Mapping[str, Any]) -> Volume:
-    metadata = raw.get("metadata") or {}
+def volume(raw: Json) -> Volume:
+    metadata = at(raw, "metadata")
     return Volume(
         name=metadata["name"],
         spec_hash=at(metadata, "annotations").get(_HASH_NOTE) or "",
@@ -278,7 +277,7 @@ def volume(raw: Mapping[str, Any]) -> Volume:
     )
 
 
-def mounted(pod: Mapping[str, Any]) -> frozenset[Place]:
+def mounted(pod: Json) -> frozenset[Place]:
     """The places whose claims a pod mounts that has not ended."""
     if at(pod, "status").get("phase") in ("Succeeded", "Failed"):
         return frozenset()

@@ -61,11 +61,11 @@ class World:
     """What the hook has watched: nothing is asked for while a pod waits.
 
     `claims` are the namespace and the group of each `localmodel-<group>` that may be mounted
-    (`volumes.offered`); `inject` the
-    namespaces that carry our label; `live` the nodes whose agent renews its Lease; `holders` the
-    nodes that have a model; `entrypoints` lead from the last part of an image's name, without tag
-    or digest, to what the image runs; `sizes` are those of the models that a node has, and
-    `capacity` what the cache of a node may hold, in bytes.
+    (`volumes.offered`); `inject` the namespaces that carry our label; `live` the nodes whose agent
+    renews its Lease; `holders` the nodes that have a model; `entrypoints` lead from the last part
+    of an image's name, without tag or digest, to what the image runs; `sizes` are those of the
+    models that a node has, and `capacity` what the cache of a node may hold, both in bytes;
+    `job_namespace` is where KServe downloads.
     """
 
     caches: tuple[Cache, ...] = ()

@@ -17,6 +17,7 @@ from agent.kube import parse
 from agent.kube.client import Api, ApiError, Json
 from agent.kube.nodestatus import Field, lost, merge_patch, no_more_downloaded, urgent, without
 from agent.kube.parse import NodeObject
+from agent.tasks import flagged
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class StatusWriter:
             base, patch = self._base, self._patch()
             wait = self._due(patch) - self._ticks() if patch else None
             if wait is None or wait > 0:
-                await self._flagged(wait)
+                await flagged(self._flag, wait)
                 continue
             try:
                 await self._write(patch)
@@ -114,13 +115,6 @@ class StatusWriter:
         """Write what is still unsaid, once, whatever the time."""
         if patch := self._patch():
             await self._write(patch)
-
-    async def _flagged(self, seconds: float | None) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._flag.wait()
-        except TimeoutError:
-            pass
 
     def _patch(self) -> dict[str, Any]:
         if self._base is None:

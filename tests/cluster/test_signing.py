@@ -220,6 +220,15 @@ def test_what_somebody_else_renews_is_left_to_them(
     assert written(plane, begun) == {"leases"}
 
 
+def test_a_directory_without_a_certificate_ends_it_and_it_says_what_to_do(
+    replicas: Controllers, tmp_path: Path
+) -> None:
+    controller = replicas.start("--tls-dir", str(tmp_path))
+    until(lambda: controller.process.poll() is not None, controller.log_text)
+    assert "put tls.crt and tls.key (PEM) there" in controller.log_text()
+    assert "never awaited" not in controller.log_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_another_replica_leads(
     plane: ControlPlane, replicas: Controllers, number: signal.Signals

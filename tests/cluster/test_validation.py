@@ -33,6 +33,7 @@ def plane(
     with controllers(plane, home) as replicas:
         controller = replicas.start(mode="standalone")
         replicas.called(controller)
+        assert controller.metrics()["localmodel_hook_validations_total Refused"] == 0
         # In force: caches of no group are refused.
         refused = [yaml.safe_dump(cache("nobody", "hf://no/body", ["nowhere"]))]
 

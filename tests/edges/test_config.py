@@ -138,7 +138,8 @@ def test_a_controller_knows_kserves_images_and_is_told_of_others() -> None:
     [
         ({}, "--mode is missing"),
         ({"mode": "both"}, "'both' is not kserve or standalone"),
-        ({"mode": "kserve", "listen": "443"}, "must be host:port"),
+        ({"mode": "kserve", "listen": "443"}, "--listen '443' must be host:port"),
+        ({"mode": "kserve", "health_listen": "80"}, "--health-listen '80' must be host:port"),
         ({"mode": "kserve", "entrypoints": "a/b=/x"}, "is not NAME=/path"),
         ({"mode": "kserve", "entrypoints": "a=x"}, "is not NAME=/path"),
         ({"mode": "kserve", "drain_seconds": "3600"}, "from 0 to 60"),

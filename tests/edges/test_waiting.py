@@ -40,7 +40,10 @@ def fetching(done: int) -> Facts:
 
 def pod(uid: str, *, phase: str = "Pending") -> Pod:
     metadata = {"name": uid, "namespace": "team", "uid": uid, "annotations": {parse.KEYS: KEY}}
-    return parse.pod({"metadata": metadata, "status": {"phase": phase}})
+    claim = {"name": "cache", "persistentVolumeClaim": {"claimName": "localmodel-gpu"}}
+    server = {"volumeMounts": [{"name": "cache", "mountPath": "/mnt/localmodel"}]}
+    spec = {"containers": [server], "volumes": [claim]}
+    return parse.pod({"metadata": metadata, "spec": spec, "status": {"phase": phase}})
 
 
 class Node:

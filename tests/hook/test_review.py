@@ -13,7 +13,7 @@ from agent.hook import review
 from agent.hook.admission import mutate
 from agent.hook.decisions import Mutation, Why
 from agent.hook.patch import applied
-from agent.hook.review import OUTCOMES, Answer, Deletion, Outcome
+from agent.hook.review import OF_CACHES, OF_PODS, Answer, Deletion, Outcome
 from agent.hook.validation import Users
 from agent.hook.world import World
 from agent.kube.parse import KSERVE_LABEL
@@ -44,12 +44,14 @@ def asked(
 
 def mutated(raw: Any, world: World = WORLD) -> tuple[Answer, dict[str, Any]]:
     answer = review.mutated(review.read(json.dumps(raw).encode()), world)
+    assert answer.outcome in OF_PODS
     return answer, response(answer)
 
 
 def validated(raw: Any, **known: Any) -> tuple[Answer, dict[str, Any]]:
     request = review.read(json.dumps(raw).encode())
     answer = review.validated(request, WORLD, check=scheme_of, **known)
+    assert answer.outcome in OF_CACHES
     return answer, response(answer)
 
 
@@ -63,7 +65,6 @@ def response(answer: Answer, uid: str = "0af-1") -> dict[str, Any]:
     assert found["uid"] == uid
     assert isinstance(found["allowed"], bool)
     assert ("patch" in found) == ("patchType" in found)
-    assert answer.outcome in OUTCOMES
     assert found["auditAnnotations"]["decision"].startswith(answer.outcome)
     warnings = found.get("warnings", [])
     assert len(warnings) <= 5
@@ -130,9 +131,10 @@ def test_a_predictor_is_advised_whether_or_not_it_is_helped() -> None:
     assert answer.outcome is Why.NO_CACHE
     (said,) = found["warnings"]
     assert "Stub process is not healthy" in said
-    pod = golden("triton-vllm")
-    pod["metadata"]["annotations"]["localmodel-agent.io/disable"] = "true"
-    assert "warnings" not in mutated(asked(pod))[1]
+    for disable in ("localmodel-agent.io/disable", "serving.kserve.io/disable-localmodel"):
+        pod = golden("triton-vllm")
+        pod["metadata"]["annotations"][disable] = "true"
+        assert "warnings" not in mutated(asked(pod))[1]
 
 
 def test_what_is_no_predictor_is_left_in_peace() -> None:
@@ -160,6 +162,13 @@ def test_no_log_and_no_warning_has_what_a_uri_hides() -> None:
     assert "https://host/model.gguf" in answer.detail
     told = json.dumps([answer.detail, found["warnings"], found["auditAnnotations"]])
     assert "sesame" not in told
+
+
+def test_a_secret_is_hidden_before_it_is_cut() -> None:
+    """A name gets a hundred characters: behind a long token, no `@` would be left."""
+    answer, found = mutated(asked(plain(source=f"https://oauth2:{'sesame' * 20}@host/x")))
+    assert answer.detail == "https://host/x"
+    assert "sesame" not in json.dumps(found)
 
 
 def test_of_many_warnings_five_are_given() -> None:
@@ -201,7 +210,7 @@ def test_a_deletion_says_whom_to_ask() -> None:
     assert review.deletion(request) == Deletion(
         key=cache_key("hf://acme/new"),
         namespace="",
-        services=(("inferenceservices", "team-a", "a"),),
+        services=("/apis/serving.kserve.io/v1beta1/namespaces/team-a/inferenceservices/a",),
     )
     assert validated(raw)[1]["allowed"] is True
     answer, found = validated(raw, users=Users(pods=("team-a/p",)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent.hook.validation import Users, Verdict, users_of, validate
+from agent.hook.validation import Users, Verdict, services_of, validate
 from agent.hook.world import Cache, Group, World
 from agent.kube.parse import KSERVE_LABEL
 from agent.sources import scheme_of
@@ -251,10 +251,10 @@ def test_what_is_being_deleted_may_be_deleted() -> None:
 
 def test_whom_to_ask_for_before_a_deletion() -> None:
     old = cache("llama")
-    assert users_of(old) == []
+    assert services_of(old) == ()
     item = {"namespace": "team-a", "name": "a"}
     old["status"] = {"inferenceServices": [item], "llmInferenceServices": [item | {"name": "b"}]}
-    assert users_of(old) == [
-        ("inferenceservices", "team-a", "a"),
-        ("llminferenceservices", "team-a", "b"),
-    ]
+    assert services_of(old) == (
+        "/apis/serving.kserve.io/v1beta1/namespaces/team-a/inferenceservices/a",
+        "/apis/serving.kserve.io/v1alpha1/namespaces/team-a/llminferenceservices/b",
+    )
