@@ -30,7 +30,7 @@ TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 TLS.check_hostname, TLS.verify_mode = False, ssl.CERT_NONE
 LIMIT = 384 * MIB
 """What a controller may take at its peak: the shipped Deployment kills it at 512 MiB."""
-GROWTH = 64 * MIB
+GROWTH = 128 * MIB
 """What one of these may add to the memory of a controller."""
 
 
