@@ -58,9 +58,7 @@ def test_nothing_in_it_compiles_or_installs(archive: Archive) -> None:
 def test_a_new_version_of_the_agent_is_a_small_layer_on_a_large_one(archive: Archive) -> None:
     _, *without, dependencies, agent = [sum(layer.values()) for layer in archive.layers]
     assert sum(without) < 0.1 * _MEGABYTE
-    assert (
-        dependencies < 210 * _MEGABYTE
-    )  # of which 13 are cryptography, for the hook's certificates
+    assert dependencies < 210 * _MEGABYTE  # 13 of them for the hook's certificates
     assert agent < 3 * _MEGABYTE
 
 
