@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from agent.backoff import doubling
 from agent.errors import RULES, AgentError, Reason
-from agent.hook.volumes import Action, Create, Delete, Mend, Place, Plan, mounted, plan
+from agent.hook.volumes import Action, Create, Delete, Mend, Place, mounted, plan
 from agent.kube.client import Api, ApiError
 from agent.kube.events import Recorder, Subject
 from agent.metrics import HookMetrics
@@ -82,7 +82,7 @@ class Keeper:
 
     async def _turn(self) -> float:
         """Seconds until the next one, if nothing changes before."""
-        found = self._plan(used=None)
+        found = plan(*self._watched.kept, used=None)
         now = self._ticks()
         self._waiting = {place: self._waiting.get(place, now) for place in found.wait}
         ripe = {place for place, at in self._waiting.items() if now - at >= self._grace_seconds}
@@ -90,7 +90,7 @@ class Keeper:
         if ripe - self._asked or (ripe and now - self._asked_at >= self._look_seconds):
             self._asked_at, self._asked = now, ripe
             if (used := await self._ask()) is not None:
-                found = self._plan(used=used | (self._waiting.keys() - ripe))
+                found = plan(*self._watched.kept, used=used | (self._waiting.keys() - ripe))
         self._asked &= found.wait
         self._metrics.claims_waiting.set(len(found.wait))
         # What is to be done is another thing now: no reason to wait.
@@ -105,15 +105,6 @@ class Keeper:
         again = [failed.again_at for failed in self._failed.values()]
         again += [self._waiting[place] + self._grace_seconds for place in found.wait - ripe]
         return max(1.0, min([self._look_seconds, *(at - now for at in again)]))
-
-    def _plan(self, *, used: frozenset[Place] | None) -> Plan:
-        return plan(
-            self._watched.groups.objects.values(),
-            self._watched.injected,
-            self._watched.claims.objects.values(),
-            self._watched.volumes.objects.values(),
-            used=used,
-        )
 
     async def _ask(self) -> frozenset[Place] | None:
         """The places that a pod uses; None where the API server cannot say."""

@@ -5,7 +5,7 @@ often, the models of each node, is kept node by node.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from agent.hook import objects, volumes
 from agent.hook.objects import Heartbeat, Holding
 from agent.hook.scheduling import Node
-from agent.hook.world import World
+from agent.hook.world import Group, World
 from agent.kserve import KServe
 from agent.kube import parse
 from agent.kube.client import Api, Json
@@ -115,6 +115,14 @@ class Watched:
         return frozenset(name for name, there in self._namespaces.objects.items() if there)
 
     @property
+    def kept(
+        self,
+    ) -> tuple[Iterable[Group], frozenset[str], Iterable[volumes.Claim], Iterable[volumes.Volume]]:
+        """What `hook.volumes` plans and offers from: node groups, namespaces, claims, volumes."""
+        groups, claims, made = self.groups.objects, self.claims.objects, self.volumes.objects
+        return groups.values(), self.injected, claims.values(), made.values()
+
+    @property
     def world(self) -> World:
         """As it is now."""
         stale, self._stale = self._stale, set()
@@ -128,12 +136,7 @@ class Watched:
         if "nodes" in stale:
             changes["nodes"] = tuple(node for node in self._nodes.objects.values() if node)
         if stale & {"claims", "volumes", "groups", "inject"}:
-            changes["claims"] = volumes.offered(
-                self.groups.objects.values(),
-                self.injected,
-                self.claims.objects.values(),
-                self.volumes.objects.values(),
-            )
+            changes["claims"] = volumes.offered(*self.kept)
         if "inject" in stale:
             changes["inject"] = self.injected
         if "holdings" in stale:

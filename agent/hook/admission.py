@@ -435,9 +435,8 @@ def _only(node: str) -> Json:
 
 def _named(notes: Json) -> dict[str, tuple[str, str]]:
     """The models that annotations name: URI and mount path, by the name behind the dot."""
-    places = {name: notes.get(f"{PREFIX}/mount-path{name}") for name in sources(notes)}
     return {
-        name: (uri, _normal(str(places[name] or "/mnt/models")))
+        name: (uri, _normal(str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")))
         for name, uri in sources(notes).items()
     }
 

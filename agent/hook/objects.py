@@ -28,7 +28,6 @@ class CacheObject:
     uri: str
     groups: tuple[str, ...]
     annotations: Mapping[str, Any]
-    size: int
     deleting: bool
 
 
@@ -60,7 +59,6 @@ def cache(raw: Json) -> CacheObject:
         uri=str(spec.get("sourceModelUri") or ""),
         groups=tuple(map(str, spec.get("nodeGroups") or ())),
         annotations=dict(metadata.get("annotations") or {}),
-        size=size_of(spec.get("modelSize")) or 0,
         deleting="deletionTimestamp" in metadata,
     )
 
