@@ -33,7 +33,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def set_up() -> None:
-    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    # Its own address: else it takes the lowest of its ports', a new one with some pods that come or
+    # go, and those that are there answer to the old one until they ask again: half a minute.
+    run("ip", "link", "add", BRIDGE, "address", "02:00:0a:58:4d:01", "type", "bridge")
     for address in (f"{ADDRESS}/24", f"{API_ADDRESS}/32"):
         run("ip", "address", "add", address, "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
