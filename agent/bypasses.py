@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from agent.index import Index
-from agent.kube.parse import Pod
+from agent.kube.podspec import Pod
 from agent.metrics import Metrics
 from agent.model import cache_key
 from agent.reconcile import Reconciler

@@ -42,6 +42,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.errors import AgentError, Reason
+from agent.unchanged import Unchanged
 
 OVERLAP_SECONDS = 600.0
 """By then every API server has a bundle, and every replica the Secret: both are watched."""
@@ -157,15 +158,12 @@ class Settling:
     """For how long one and the same has been in place, as far as this process saw it."""
 
     def __init__(self) -> None:
-        self._held: Held | None = None
-        self._since = 0.0
+        self._in_place = Unchanged[Held]()
 
     def seconds(self, held: Held, ca_bundles: Collection[str], now: float) -> float:
         """`held` was just read, and the `caBundle` of every configuration; `now` is monotonic."""
         in_place = held if all(found == held.ca_bundle for found in ca_bundles) else None
-        if in_place is None or in_place != self._held:
-            self._held, self._since = in_place, now
-        return now - self._since
+        return self._in_place.seconds(in_place, now)
 
 
 # -- when ---------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from agent.authorities import Authorities
 from agent.config import Settings
 from agent.errors import AgentError, Reason
 from agent.kserve import KServe
-from agent.kube import parse
+from agent.kube import parse, podspec
 from agent.kube.client import Api
 from agent.kube.events import Recorder, Subject
 from agent.kube.lease import Lease
 from agent.kube.nodestatus import compose, disk_numbers
-from agent.kube.parse import CacheMeta, Group, NodeObject, Pod
+from agent.kube.parse import CacheMeta, Group, NodeObject
+from agent.kube.podspec import Pod
 from agent.kube.watch import Watch
 from agent.kube.writer import StatusWriter
 from agent.model import CacheKey
@@ -90,7 +91,7 @@ class Cluster:
         )
         self._on_node = {"fieldSelector": f"spec.nodeName={node}"}
         self._pods = Watch(
-            api, "/api/v1/pods", parse=parse.pod, changed=self.wake, params=self._on_node
+            api, "/api/v1/pods", parse=podspec.pod, changed=self.wake, params=self._on_node
         )
         self._groups: Watch[Group] = Watch(
             api, f"{_SERVING}/localmodelnodegroups", parse=parse.group, changed=self.wake
@@ -251,7 +252,7 @@ class Cluster:
         """The same by a list of its own, by quorum; None where the server cannot answer."""
         try:
             page = await self._api.list("/api/v1/pods", self._on_node)
-            pods = {raw["metadata"]["uid"]: parse.pod(raw) for raw in page["items"] or ()}
+            pods = {raw["metadata"]["uid"]: podspec.pod(raw) for raw in page["items"] or ()}
         except (AgentError, LookupError, TypeError, AttributeError, ValueError) as error:
             _log.warning("nobody can tell who uses the models: %s", error)
             return None

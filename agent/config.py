@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 S = TypeVar("S", bound="DataclassInstance")
+_Name = TypeVar("_Name", bound=StrEnum)
 
 _DAY = 86400.0
 
@@ -42,10 +43,13 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _file_policy(text: str) -> FilePolicy:
-    if text not in tuple(FilePolicy):
-        raise ValueError(f"{text!r} is not {', '.join(FilePolicy)}")
-    return FilePolicy(text)
+def _one_of(kind: type[_Name]) -> Callable[[str], _Name]:
+    def parse(text: str) -> _Name:
+        if text not in tuple(kind):
+            raise ValueError(f"{text!r} is not {' or '.join(kind)}")
+        return kind(text)
+
+    return parse
 
 
 def _setting(
@@ -139,7 +143,7 @@ class Settings:
     file_policy: FilePolicy = _setting(
         "what is done about files that run code when they are loaded (pickle) and broken"
         " safetensors: warn, refuse or off; a node group's annotation file-policy wins",
-        parse=_file_policy,
+        parse=_one_of(FilePolicy),
         default=FilePolicy.WARN,
     )
     scrub_days: float = _setting(
@@ -199,12 +203,6 @@ class Mode(StrEnum):
     STANDALONE = "standalone"
 
 
-def _mode(text: str) -> Mode:
-    if text not in tuple(Mode):
-        raise ValueError(f"{text!r} is not {' or '.join(Mode)}")
-    return Mode(text)
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
@@ -238,7 +236,7 @@ class ControllerSettings:
     mode: Mode = _setting(
         "required; kserve: beside KServe's local model controller; standalone: without it, keeping"
         " nothing where it runs",
-        parse=_mode,
+        parse=_one_of(Mode),
     )
     listen: str = _setting("host:port of the hook, by TLS", default="0.0.0.0:9443")
     health_listen: str = _setting(

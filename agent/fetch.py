@@ -4,103 +4,42 @@ Whatever ends it, what arrived is kept in the ingest; the next call hashes what 
 behind it. So resuming after a crash, mending a damaged model and a plain download are one path.
 """
 
-import asyncio
 import logging
-import os
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 from agent import manifest
+from agent.catalog import Versions
 from agent.errors import AgentError, Reason
 from agent.examine import Findings, by_name, examine, refuse
-from agent.files import version_of
-from agent.layout import is_one_line
-from agent.manifest import Manifest, SealedFile
+from agent.links import Copies, Links, Suspected
+from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import (
     CacheKey,
     Digest,
     FilePolicy,
-    Job,
     Listing,
     Locator,
     RemoteFile,
     Stage,
     Want,
 )
+from agent.proven import Proven, version
 from agent.ratelimits import RateLimits
 from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.sources.base import pin
-from agent.store import Store, Versions
+from agent.store import Store
+from agent.tally import Tally
+from agent.tasks import each
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
 from agent.unpack import Unpacker
+from agent.verify import damaged
 
 _log = logging.getLogger(__name__)
-
-# What one file's failure says about all others too: going on would only repeat it.
-_HOPELESS = frozenset(
-    {Reason.DISK_FULL, Reason.READ_ONLY, Reason.PERMISSION_DENIED, Reason.DISK_ERROR}
-)
-
-_HASHES = 5  # of one file, while others give it names
-
-Copies = dict[tuple[str, int], list[tuple[CacheKey, str]]]
-"""Where sealed models have a file, by its SHA-256 and size (`Store.copies`)."""
-
-
-_Link = Callable[[CacheKey, str, Path], bool]
-"""`Store.link`, or `Store.adopt`."""
-
-
-class Tally:
-    """How far one model is. Written by transfer threads, read by the loop."""
-
-    def __init__(
-        self, want: Want, *, stage: Stage, total: int | None = None, staged: bool = False
-    ) -> None:
-        """`staged`: what it brings is not sealed by this job, but waits beside what has its
-        place."""
-        self.want = want
-        self.total = total
-        self.staged = staged
-        self.received = 0
-        self.linked = 0
-        self.begun_at = time.monotonic()
-        self.lists = stage is Stage.RESOLVING
-        self._stage = stage
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, done: int, received: int) -> None:
-        """Bytes in place (negative when they turned out wrong), and bytes off the wire."""
-        with self._lock:
-            self._done += done
-            self.received += received
-            if received:
-                self._stage = Stage.FETCHING
-
-    def link(self, size: int) -> None:
-        """Bytes that another model had already. Whether they are in place is told by `add`."""
-        with self._lock:
-            self.linked += size
-
-    def verify(self) -> None:
-        """What is here already is being read and hashed."""
-        with self._lock:
-            self._stage = Stage.VERIFYING
-
-    @property
-    def job(self) -> Job:
-        return Job(key=self.want.key, stage=self._stage, total=self.total, done=self._done)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.begun_at
-
 
 Access = Callable[[Want], Awaitable[Given]]
 """What a source is to work with for one model."""
@@ -129,18 +68,19 @@ class Fetcher:
         self._engine = engine
         self._metrics = metrics
         self._clock = clock
-        # What this life proved: (inode, size, time) and digest of a file of an ingest. Without it,
-        # one file that stays wrong would have its whole model hashed again at every try.
-        self._proven: dict[Path, tuple[str | None, str]] = {}
-        # Versions of files that cannot be linked: a hash of them would be in vain once more.
-        self._unlinkable: set[str] = set()
+        self._proven = Proven()
         self._access = access
         self._limits = RateLimits()
         self._file_policy = file_policy
         self._unpacker = Unpacker(store, engine, proven=self._note_proven)
-        self.suspected: Callable[[CacheKey, list[str]], None] = lambda key, paths: None
-        """Called, on the loop, with files of a sealed model, or of what another agent left in the
-        place of one, whose bytes turned out wrong."""
+        self.suspected: Suspected = lambda key, paths: None
+        self._links = Links(
+            store,
+            engine,
+            metrics=metrics,
+            proven=self._proven,
+            suspected=lambda key, paths: self.suspected(key, paths),
+        )
         self.listed: Callable[[CacheKey], None] = lambda key: None
         """Called, on the loop, when a listing has been pinned."""
 
@@ -180,16 +120,7 @@ class Fetcher:
         listing = await self.today(want)
         await changing(lambda: self._store.begin(listing))
         self.listed(want.key)
-        await self._link_what_is_here(listing, counts)
-
-    async def _link_what_is_here(self, listing: Listing, tally: Tally) -> None:
-        """So that room is reserved for the rest only."""
-        foreign = await looking(lambda: self._store.foreign(listing.key))
-        if foreign is not None and foreign.obstacle:
-            return  # whatever is built, it could not take that place
-        if foreign is not None:
-            await self._adopt_all(listing, tally)
-        await self._share_all(listing, tally)
+        await self._links.link_all(listing, counts)
 
     async def fetch(self, tally: Tally) -> Manifest | None:
         """Bring and prove every file of the pinned listing, then seal, or leave it staged beside
@@ -252,7 +183,8 @@ class Fetcher:
         versions = self._versions(proven)
         ready = await changing(lambda: self._store.make_ready(proven, versions))
         for file in proven.files:
-            self._proven[self._place(proven, file)] = (ready[file.path], file.sha256)
+            place = self._store.tree(proven.ref.key) / file.path
+            self._proven.note(place, file.sha256, version=ready[file.path])
 
     async def exchange(self, proven: Manifest) -> None:
         """Put what was made ready in the place of what another agent left. Raises DiskError."""
@@ -301,28 +233,26 @@ class Fetcher:
             if digest is not None:
                 digests[file.path] = digest
 
-        await _each(listing.files, one)
+        await each(listing.files, one)
         return digests
 
     def _note_proven(self, path: Path, digest: str, found_at: Path) -> None:
-        self._proven[path] = (_version(found_at), digest)
+        self._proven.note(path, digest, version=version(found_at))
 
     async def _here(
         self, listing: Listing, file: RemoteFile, copies: Copies, beside: bool, tally: Tally
     ) -> str | None:
         """The digest of a file that need not be brought; of a wrong one, nothing is left."""
         key, proven = listing.key, self._store.tree(listing.key) / file.path
-        version = await looking(lambda: self._store.version(key, file.path))
-        if version is not None:
-            if (digest := await self._found(proven, version, file)) is not None:
+        found = await looking(lambda: self._store.version(key, file.path))
+        if found is not None:
+            if (digest := await self._found(proven, found, file)) is not None:
                 tally.add(file.size, 0)
                 return digest
             await changing(lambda: self._store.discard(key, file.path))
             # By now, a model that had the same wrong file may have been mended.
             copies = await looking(self._store.copies)
-        here = await self._adopt(listing, file, tally) if beside else None
-        if here is None:
-            here = await self._share(listing, file, copies, tally)
+        here = await self._links.link(listing, file, copies, beside=beside, tally=tally)
         if here is not None:
             tally.add(file.size, 0)
         return here
@@ -390,7 +320,7 @@ class Fetcher:
                 key, opened, missing, on_bytes=lambda size: tally.add(size, 0)
             )
         await changing(lambda: self._store.drop_archive(key))
-        self._proven.pop(self._store.archive(key), None)
+        self._proven.forget(self._store.archive(key))
         return digests
 
     async def _archive(
@@ -398,14 +328,12 @@ class Fetcher:
     ) -> RemoteFile:
         """Bring the archive of a listing; the same with the SHA-256 of what was brought."""
         path = self._store.archive(listing.key)
-        version = await looking(lambda: _version(path))
-        known = self._proven.get(path)
-        if known is not None and version is not None and known[0] == version:
-            digest = known[1]
+        digest = self._proven.digest(path, await looking(lambda: version(path)))
+        if digest is not None:
             tally.add(archive.size, 0)
         else:
-            digest = await self._receive(source, listing, archive, path, tally)
-            await looking(lambda: self._note_proven(path, digest, path))
+            digest = received = await self._receive(source, listing, archive, path, tally)
+            await looking(lambda: self._note_proven(path, received, path))
         return replace(archive, digest=Digest("sha256", digest))
 
     async def _look_inside(
@@ -419,205 +347,34 @@ class Fetcher:
             archive=opened,
         )
         await changing(lambda: self._store.begin(found))
-        await self._link_what_is_here(found, tally)
+        await self._links.link_all(found, tally)
 
-    async def _found(self, path: Path, version: str, file: RemoteFile) -> str | None:
+    async def _found(self, path: Path, found: str, file: RemoteFile) -> str | None:
         """The digest of a file that is in the tree already; None if it must be brought.
 
         What an earlier life wrote is believed only after a hash, and only where a digest was
         promised: without one there is nothing to compare it with.
         """
-        known = self._proven.get(path)
-        if known is not None and known[0] == version:
-            return known[1]
-        if file.digest is None:
-            return None
+        known = self._proven.digest(path, found)
+        if known is not None or file.digest is None:
+            return known
         digest = await self._engine.hash(path, size=file.size, promised=file.digest)
         if digest is not None:
-            self._proven[path] = (version, digest)
+            self._proven.note(path, digest, version=found)
         return digest
-
-    async def _adopt_all(self, listing: Listing, tally: Tally) -> None:
-        async def one(file: RemoteFile) -> None:
-            if await looking(lambda: self._store.version(listing.key, file.path)) is None:
-                await self._adopt(listing, file, tally)
-
-        tally.verify()
-        await _each(listing.files, one)
-
-    async def _adopt(self, listing: Listing, file: RemoteFile, tally: Tally) -> str | None:
-        """The digest of a file that another agent left and that keeps the promise, linked.
-
-        Where the source promises nothing, its size is all there is to compare: the manifest says so
-        (`-`), as of any file of such a source.
-        """
-        digest = await self._link(listing, file, listing.key, file.path, self._store.adopt)
-        if digest is not None:
-            tally.link(file.size)
-            self._metrics.adopted_bytes.inc(file.size)
-        return digest
-
-    async def _share_all(self, listing: Listing, tally: Tally) -> None:
-        copies = await looking(self._store.copies)
-
-        async def one(file: RemoteFile) -> None:
-            # What is there already is hashed by `fetch`, and replaced only if it is wrong.
-            if await looking(lambda: self._store.version(listing.key, file.path)) is None:
-                await self._share(listing, file, copies, tally)
-
-        files = [file for file in listing.files if _places(file, copies)]
-        if files:
-            tally.verify()
-            await _each(files, one)
-
-    async def _share(
-        self, listing: Listing, file: RemoteFile, copies: Copies, tally: Tally
-    ) -> str | None:
-        """The digest of a file that another model had, and that is now in the tree of this one as
-        well; None if it must be brought (design D5)."""
-        for key, path in _places(file, copies):
-            if (digest := await self._link(listing, file, key, path, self._store.link)) is not None:
-                tally.link(file.size)
-                self._metrics.linked_bytes.inc(file.size)
-                return digest
-        return None
-
-    async def _link(
-        self, listing: Listing, file: RemoteFile, key: CacheKey, path: str, link: _Link
-    ) -> str | None:
-        """Link a file that has a model's place, and whose every byte was hashed just now; its
-        digest."""
-        source = self._store.model(key) / path
-        version = await looking(lambda: _version(source))
-        if version is None or version in self._unlinkable:
-            return None
-        try:
-            digest = await self._hashed(source, file)
-        except AgentError:  # not to be read: its own model's trouble, this one is fetched
-            return None
-        if digest is None:
-            # Of another version, it was retired or mended while we read.
-            if await looking(lambda: _version(source)) == version:
-                self.suspected(key, [path])
-            return None
-        if not await changing(lambda: link(listing.key, file.path, source)):
-            self._unlinkable.add(version)
-            return None
-        target = self._store.tree(listing.key) / file.path
-        # Not the very file that was hashed?
-        if await looking(lambda: self._store.version(listing.key, file.path)) != version:
-            await changing(lambda: self._store.discard(listing.key, file.path))
-            return None
-        self._proven[target] = (version, digest)
-        return digest
-
-    async def _hashed(self, source: Path, file: RemoteFile) -> str | None:
-        """The digest of a file that pods may be able to write into, if it keeps the promise.
-
-        Fsynced first: into a page that is mapped and dirty already, more can be written without
-        a new time. Bytes that were written during the hash are told by the ctime, which nobody can
-        set, even where the mtime was put back. Another name for the file, or one less, changes
-        the ctime as well: so it is hashed again, and given up where that goes on.
-        """
-        for _ in range(_HASHES):
-            await changing(lambda: self._store.settle(source))
-            before = await looking(lambda: _ctime(source))
-            digest = await self._engine.hash(source, size=file.size, promised=file.digest)
-            if digest is None or await looking(lambda: _ctime(source)) == before:
-                return digest
-        raise AgentError(Reason.SOURCE_CHANGED, f"{source} changed each time that it was hashed")
 
     def _versions(self, proven: Manifest) -> Versions:
-        """What its files were when they were proven."""
-        known = {file.path: self._proven.get(self._place(proven, file)) for file in proven.files}
-        return {path: found[0] for path, found in known.items() if found and found[0]}
-
-    def _place(self, proven: Manifest, file: SealedFile) -> Path:
-        return self._store.tree(proven.ref.key) / file.path
+        return self._proven.versions(self._store.tree(proven.ref.key), proven)
 
     def _forget(self, proven: Manifest) -> None:
-        for file in proven.files:
-            self._proven.pop(self._place(proven, file), None)
+        tree = self._store.tree(proven.ref.key)
+        self._proven.forget(*(tree / file.path for file in proven.files))
 
     async def damaged(self, found: Manifest) -> list[str]:
         """Hash every byte of a sealed model; the paths that are not what was sealed."""
         bad = await damaged(self._engine, self._store.model(found.ref.key), found)
         self._metrics.verifications.labels(kind="hash", result="damaged" if bad else "ok").inc()
         return bad
-
-
-def _places(file: RemoteFile, copies: Copies) -> list[tuple[CacheKey, str]]:
-    """Where the promised bytes are. A git blob name is none that a manifest could be asked by."""
-    if file.digest is None or file.digest.algorithm != "sha256":
-        return []
-    return copies.get((file.digest.hex, file.size), [])
-
-
-async def _each(files: Iterable[RemoteFile], act: Callable[[RemoteFile], Awaitable[None]]) -> None:
-    """Act on all files at once, and raise the first failure when all have ended.
-
-    One file's failure does not stop the others, unless it is the disk's: bytes that come now need
-    not come after the back-off.
-    """
-    failures: list[AgentError] = []
-
-    async def one(file: RemoteFile) -> None:
-        try:
-            await act(file)
-        except AgentError as error:
-            failures.append(error)
-            if error.reason in _HOPELESS:
-                raise
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            # The largest first: the last connection busy should not be on a whole shard.
-            for file in sorted(files, key=lambda file: -file.size):
-                group.create_task(one(file))
-    except* AgentError:
-        pass  # in `failures`, like those that did not stop the group
-    if failures:
-        raise failures[0]
-
-
-async def damaged(engine: Engine, root: Path, found: Manifest) -> list[str]:
-    """The paths below `root` that are not what the manifest says, byte for byte, in its order.
-
-    Behind them what the manifest does not name: who loads by pattern would load that too.
-    """
-
-    async def whole(file: SealedFile) -> bool:
-        found = await engine.hash(root / file.path, size=file.size, promised=None)
-        return found == file.sha256
-
-    results = await asyncio.gather(*(whole(file) for file in found.files))
-    bad = [file.path for file, good in zip(found.files, results, strict=True) if not good]
-    return bad + await looking(lambda: _strays(root, {file.path for file in found.files}))
-
-
-def _strays(root: Path, named: set[str]) -> list[str]:
-    """Files and symlinks below `root` without a name in the manifest, fit to be printed."""
-    found = set()
-    for directory, directories, names in os.walk(root):
-        links = (name for name in directories if Path(directory, name).is_symlink())
-        found |= {str(Path(directory, name).relative_to(root)) for name in (*names, *links)}
-    return [path if is_one_line(path) else ascii(path) for path in sorted(found - named)]
-
-
-def _version(path: Path) -> str | None:
-    """None if there is no such file."""
-    try:
-        return version_of(path.lstat())
-    except OSError:
-        return None
-
-
-def _ctime(path: Path) -> int | None:
-    """When anything of a file changed last, nanoseconds; None if there is no such file."""
-    try:
-        return path.lstat().st_ctime_ns
-    except OSError:
-        return None
 
 
 def scheme(want: Want) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.errors import AgentError, Reason
-from agent.fetch import Tally
 from agent.manifest import Manifest
 from agent.model import CacheKey, Job, Want
+from agent.tally import Tally
 
 Work = Coroutine[Any, Any, Manifest | None]
 

@@ -1,7 +1,7 @@
 """What is known of a volume, in memory: the facts of the last look, and what follows from them.
 
-Everything here can be rebuilt from the disk. Only `reconcile` changes it; nothing here waits, reads
-a disk or asks a clock.
+Everything here can be rebuilt from the disk. Only `reconcile` and its parts change it; nothing here
+waits, reads a disk or asks a clock.
 """
 
 from collections.abc import Mapping

@@ -5,9 +5,9 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 from agent.errors import AgentError, Reason
-from agent.fetch import Tally
 from agent.known import Known
 from agent.model import CacheKey, Entry, Want
+from agent.tally import Tally
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """The loop: observe everything, plan, apply, publish. Level-triggered: a stimulus only sets a flag.
 
 There is no handler for case X. A finished job, a changed wish, a timer or a damaged file all end in
-the same turn, which looks at the facts and asks `plan` what to do. Only this module changes what is
-known (the fields of `Reconciler`); jobs return values.
+the same turn, which looks at the facts and asks `plan` what to do. Only this module, and `failures`
+and `looks` for it, change what is `Known`; jobs return values.
 """
 
 import asyncio
@@ -11,19 +11,21 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 
 from agent import layout
 from agent.adoption import Adoption
-from agent.backoff import LONGEST_SECONDS, Dice, next_attempt
+from agent.backoff import Dice
 from agent.errors import AgentError, Reason
-from agent.fetch import Fetcher, Tally, scheme
+from agent.failures import Failures
+from agent.fetch import Fetcher, scheme
 from agent.history import History
 from agent.index import Index
 from agent.jobs import Jobs, Work
 from agent.known import Known, agree
+from agent.looks import Looks
 from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import (
@@ -48,6 +50,7 @@ from agent.model import (
     Why,
     Withdraw,
 )
+from agent.outcasts import Outcasts
 from agent.pins import Pins
 from agent.plan import plan
 from agent.proofs import Proofs
@@ -57,9 +60,8 @@ from agent.removal import InUse, Removal, unknown_use
 from agent.scrub import Scrub
 from agent.status import Facts
 from agent.store import Store
+from agent.tally import Tally
 from agent.threads import changing, looking
-from agent.victims import keeps
-from agent.why import KEPT
 from agent.wishes import Desired
 
 _log = logging.getLogger(__name__)
@@ -73,15 +75,6 @@ _SOONEST_LOOK_SECONDS = 5.0
 _PROGRESS_SECONDS = 5.0
 _SPARED_SECONDS = 10.0
 _TOUCH_SECONDS = 300.0
-
-# These reasons say that the pinned listing is not to be trusted any more.
-_LIST_AGAIN = frozenset(
-    {
-        *(Reason.SOURCE_CHANGED, Reason.FILE_NOT_FOUND, Reason.SIZE_MISMATCH),
-        # Of an archive: a better one may be there by then.
-        *(Reason.BAD_ARCHIVE, Reason.UNSAFE_PATH, Reason.EMPTY_LISTING),
-    }
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,7 +128,6 @@ class Reconciler:
         self.policy = policy
         self._in_use = in_use
         self._clock = clock
-        self._dice = dice
         self._flag = asyncio.Event()
         self._known = Known()
         self._pulls = Pulls()
@@ -146,17 +138,21 @@ class Reconciler:
         self._history = History(index, metrics, clock)
         self._pins = Pins(store.root)
         self._proofs = Proofs(index, fetcher.prove, changed=self.wake, clock=clock, dice=dice)
-        self._outcasts: dict[CacheKey, asyncio.Future[int]] = {}
-        self._stopped: AgentError | None = None
-        fetcher.suspected = self._suspect
+        self._outcasts = Outcasts(asked=self.wake)
+        self._failures = Failures(self._known, index, clock=clock, dice=dice)
+        self._looks = Looks(
+            self._known,
+            store=store,
+            adoption=self._adoption,
+            metrics=metrics,
+            changed=self.wake,
+            clock=clock,
+        )
+        fetcher.suspected = self._looks.suspect
         fetcher.listed = lambda key: self.wake()  # what is in its place can be compared now
-        self._list_again: set[CacheKey] = set()
-        self._forgiven: set[CacheKey] = set()
-        self._failing: dict[CacheKey, Attempt] = {}
         self._touched: dict[CacheKey, float] = {}
         self._hears = False
         self._spared: dict[CacheKey, float] = {}
-        self._look_at = 0.0
         self.turned_at = time.monotonic()  # not `clock`: that one may be set, also by days
         self.trouble: AgentError | None = None
         """Why the last turn failed, if it did."""
@@ -177,7 +173,7 @@ class Reconciler:
         if self._hears:  # the first wishes after a restart are no new ones
             for key, want in desired.wants.items():
                 if before.wants.get(key) != want:
-                    self._forgive(key)
+                    self._failures.forgive(key)
         self._hears = True
         for error in desired.errors:
             if error not in before.errors:
@@ -200,15 +196,9 @@ class Reconciler:
             agree(want, other)
         pull = self._pulls.join(want, self.running(want.key))
         if want.key not in self._jobs:
-            self._forgive(want.key)
+            self._failures.forgive(want.key)
         self.wake()
         return pull
-
-    def _forgive(self, key: CacheKey) -> None:
-        """A changed wish, or somebody who asks by name: tried again now, whatever failed before."""
-        before = self._known.attempts.pop(key, None) or self._failing.pop(key, None)
-        if before is not None:
-            self._forgiven.add(key)
 
     def release(self, pull: Pull) -> None:
         """Nobody waits any more: what only this pull wanted is cancelled, and kept for a resume."""
@@ -223,15 +213,7 @@ class Reconciler:
 
     async def evict(self, key: CacheKey) -> int:
         """Take a sealed model away; the bytes that this frees. Raises Kept with what keeps it."""
-        if self._stopped is not None:
-            raise self._stopped
-        if key not in self._outcasts:
-            answer = asyncio.get_running_loop().create_future()
-            # Whoever asked may be gone: that is no reason to complain at exit.
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._outcasts[key] = answer
-        self.wake()
-        return await asyncio.shield(self._outcasts[key])
+        return await self._outcasts.evict(key)
 
     async def pin(self, key: CacheKey, *, pinned: bool) -> None:
         """Keep a model, or what will be one, whatever room is needed; or do not any more."""
@@ -277,12 +259,10 @@ class Reconciler:
 
     async def look(self, key: CacheKey) -> bool:
         """Whether a model is on offer and its files are all there, in their sizes."""
-        found = self._known.sealed.get(key)
-        if found is None or key in self._known.damaged or key in self._removal.retiring:
+        known = self._known
+        if key not in known.sealed or key in known.damaged or key in self._removal.retiring:
             return False
-        missing = await looking(lambda: self._store.damage(key, found))
-        self._note_damage(key, missing)
-        return not missing
+        return await self._looks.at(key)
 
     async def look_beside(self, key: CacheKey) -> bool:
         """Whether another agent left it, as far as sizes tell: what a pod has started with."""
@@ -323,10 +303,7 @@ class Reconciler:
             )
         self._removal.sweep_soon()
         await self._index.open()
-        found_attempts = await self._index.attempts()
-        # A restart is a reason to try what would otherwise never be tried again.
-        known.attempts = {k: a for k, a in found_attempts.items() if a.retry_at != inf}
-        self._list_again = {k for k, a in found_attempts.items() if a.reason in _LIST_AGAIN}
+        failed_before = await self._failures.open()
         for key, found, used in await looking(lambda: list(self._store.manifests())):
             known.sealed[key], known.last_used[key] = found, used
         for key, used in (await self._index.last_uses()).items():
@@ -338,7 +315,7 @@ class Reconciler:
         await self._proofs.open()
         known.ingests = await looking(self._store.ingests)
         known.foreign = await self._adoption.look(known.ingests)
-        known.mend_what_is_complete(found_attempts)
+        known.mend_what_is_complete(failed_before)
 
     async def run(self) -> None:
         """Turn until cancelled; then stop the jobs, keeping what they brought."""
@@ -348,15 +325,14 @@ class Reconciler:
                 group.create_task(self._progress())
                 group.create_task(self._removal.run())
                 if self._scrub is not None:
-                    found = partial(self._suspect, kind="scrub")
+                    found = partial(self._looks.suspect, kind="scrub")
                     group.create_task(self._scrub.run(self.sealed, found))
         finally:
             await self._jobs.stop()
             await self._proofs.stop()
             stopped = AgentError(Reason.STOPPED, "the agent stops; bytes are kept")
             self._pulls.refuse_all(stopped)
-            self._refuse_the_outcast(stopped)
-            self._stopped = stopped
+            self._outcasts.refuse_all(stopped, for_good=True)
 
     async def _turns(self) -> None:
         while True:
@@ -376,7 +352,7 @@ class Reconciler:
                 _log.warning("cannot observe the cache: %s", error.message)
                 self._metrics.turns.labels(result="failed").inc()
                 self.trouble, self.failed_turns = error, self.failed_turns + 1
-                self._refuse_the_outcast(error)
+                self._outcasts.refuse_all(error)
             self.tried.set()
             with suppress(TimeoutError):
                 # A clock that was set back during the turn must not make this a day.
@@ -395,11 +371,11 @@ class Reconciler:
     async def _turn(self) -> Plan:
         await looking(self._store.check)
         await self._settle_jobs()
-        await self._forget_the_forgiven()
+        await self._failures.forget_the_forgiven()
         await self._note_the_wanted()
         known = self._known
         await self._proofs.turn(known.desired.guarded, {*known.sealed, *known.ingests})
-        await self._look_at_all()
+        await self._looks.at_all(self.policy.look_seconds)
         # As they are now: by the time an action is carried out, somebody may have gone.
         wants = self.wants()
         await self._look_at_the_foreign(wants)
@@ -410,14 +386,10 @@ class Reconciler:
         for action in decided.actions:
             if not await self._attempt(action, wants):
                 break  # what follows may count on room that it did not make
-        self._answer_the_outcast(wants, seen)
+        self._outcasts.answer(wants, seen.actual, seen.volume, seen.now)
         self._pulls.answer(self._known, self._jobs)
         await self._publish()
         return decided
-
-    async def _forget_the_forgiven(self) -> None:
-        while self._forgiven:
-            await self._index.forgive(self._forgiven.pop())
 
     async def _cancel_the_outdated(self, wants: Mapping[CacheKey, Want]) -> None:
         """A job for other patterns than those that are wanted now would publish the wrong files."""
@@ -454,21 +426,23 @@ class Reconciler:
         def usable(key: CacheKey, ingest: Ingest) -> bool:
             """Whether its pinned listing answers what is asked for now; else it is listed again."""
             asked = wants.get(key)
-            return key not in self._list_again and (asked is None or asked.ref == ingest.ref)
+            return not self._failures.is_to_be_listed(key) and (
+                asked is None or asked.ref == ingest.ref
+            )
 
         actual = Actual(
             entries=known.entries(),
             damaged=frozenset(known.damaged),
             ingests={k: i for k, i in known.ingests.items() if usable(k, i)},
             jobs=self._jobs.jobs(),
-            attempts={key: self._bounded(attempt) for key, attempt in known.attempts.items()},
+            attempts=self._failures.attempts(),
             in_use=used,
             left=known.left(self.policy.retain_seconds) if self._hears else {},
             kept=self._kept(),
             begun=frozenset(known.ingests),
             demanded=frozenset({*(used or ()), *self._pulls.wants(), *known.mending}),
             pinned=known.pinned,
-            outcast=frozenset(self._outcasts),
+            outcast=self._outcasts.keys,
             outdated=known.outdated(wants),
             staged=frozenset(known.staged),
             foreign=known.foreign,
@@ -484,28 +458,6 @@ class Reconciler:
             for key, block in decided.blocked.items()
             if block.why is Blocked.INSUFFICIENT_CAPACITY
         }
-
-    def _answer_the_outcast(self, wants: Mapping[CacheKey, Want], seen: Seen) -> None:
-        for key in seen.actual.outcast:  # others came during this turn, and wait for the next
-            answer = self._outcasts.pop(key)
-            if answer.done():
-                continue
-            entry = seen.actual.entries.get(key)
-            kept = entry and keeps(key, wants, seen.actual, seen.volume, seen.now)
-            why = KEPT[kept] if kept else "it is in use, or nobody can tell now; try again"
-            if entry is None:
-                absent = f"{key} is not on offer here; see localmodel ls"
-                answer.set_exception(AgentError(Reason.INVALID_SPEC, absent))
-            else:
-                answer.set_exception(AgentError(Reason.KEPT, f"{entry.ref.uri}: {why}"))
-        if self._outcasts:
-            self.wake()
-
-    def _refuse_the_outcast(self, error: AgentError) -> None:
-        for answer in self._outcasts.values():
-            if not answer.done():
-                answer.set_exception(error)
-        self._outcasts.clear()
 
     async def _used(self) -> frozenset[CacheKey] | None:
         """What pods use, and what was spared a moment ago."""
@@ -533,13 +485,6 @@ class Reconciler:
             return frozenset({*known.sealed, *known.ingests})
         return desired.spoken_for | (known.asked_for.keys() if desired.owner is None else set())
 
-    def _bounded(self, attempt: Attempt) -> Attempt:
-        """A clock that was wrong when it failed must not put the next try off for years."""
-        latest = self._clock() + LONGEST_SECONDS
-        if attempt.retry_at == inf or attempt.retry_at <= latest:
-            return attempt
-        return replace(attempt, retry_at=latest)
-
     async def _volume(self) -> Volume:
         space = await looking(self._space)
         return Volume(
@@ -554,22 +499,6 @@ class Reconciler:
             group_limits=self._known.desired.group_limits,
         )
 
-    async def _look_at_all(self) -> None:
-        """Names and sizes of every sealed model, twice a minute or as often as was asked for."""
-        seconds = self.policy.look_seconds
-        if 0 < self._look_at - self._clock() <= seconds:  # else the clock was set back
-            return
-        self._look_at = self._clock() + seconds
-        for key, found in list(self._known.sealed.items()):
-            try:
-                wrong = await looking(partial(self._store.damage, key, found))
-            except (
-                AgentError
-            ) as error:  # nobody can tell now; the others are looked at all the same
-                _log.warning("cannot look at %s: %s", found.ref.uri, error.message)
-            else:
-                self._note_damage(key, wrong)
-
     async def _look_at_the_foreign(self, wants: Mapping[CacheKey, Want]) -> None:
         """What somebody else left in the places of wanted models. Not where a job seals just now:
         half way, its directory looks like somebody else's."""
@@ -582,28 +511,6 @@ class Reconciler:
         self._known.shared = await looking(
             lambda: {key: self._store.shared(key, found) for key, found in models}
         )
-
-    def _note_damage(self, key: CacheKey, missing: list[str], *, kind: str = "look") -> None:
-        self._metrics.verifications.labels(kind=kind, result="damaged" if missing else "ok").inc()
-        if missing and key in self._known.sealed and key not in self._known.damaged:
-            uri = self._known.sealed[key].ref.uri
-            _log.error("%s is damaged: %s", uri, ", ".join(missing[:5]), extra={"key": key})
-            self._known.damaged[key] = missing
-            self.wake()
-
-    def _suspect(self, key: CacheKey, paths: list[str], *, kind: str = "hash") -> None:
-        """Files of a sealed model, or of what another agent left, turned out wrong."""
-        if key not in self._known.sealed:
-            foreign = self._known.foreign.get(key)
-            sizes_differ = foreign.lacking if foreign is not None else None
-            wrong = sorted(set(paths) - (sizes_differ or frozenset()))
-            if foreign is not None and wrong:
-                what = f"{', '.join(wrong[:5])} in {self._store.model(key)}"
-                _log.error("%s: left by another agent, and wrong", what, extra={"key": key})
-                self._adoption.doubt(key, wrong)
-                self.wake()
-            return
-        self._note_damage(key, paths, kind=kind)
 
     # -- acting -------------------------------------------------------------------------------
 
@@ -733,8 +640,7 @@ class Reconciler:
         await self._index.record_gone(key)
         await self._history.evicted(entry, action.why, action.bytes)
         _log.info("%s is evicted: %s", entry.ref.uri, action.why.value, extra={"key": key})
-        if (answer := self._outcasts.get(key)) is not None:
-            answer.set_result(action.bytes)
+        self._outcasts.gone(key, action.bytes)
         return True
 
     # -- results ------------------------------------------------------------------------------
@@ -773,7 +679,7 @@ class Reconciler:
     async def _succeeded(
         self, key: CacheKey, sealed: Manifest | None, *, staged: bool = False
     ) -> None:
-        self._list_again.discard(key)
+        self._failures.listed(key)
         if sealed is None:  # a listing: the failures in a row end with the seal
             await self._note_what_has_not_changed(key)
             return
@@ -806,21 +712,10 @@ class Reconciler:
             await self._index.record_refreshed(key, token)
 
     async def _failed(self, *failures: tuple[Want, AgentError]) -> None:
-        """Written down before it is shown: the next life must know what this one refused. A pull or
-        a changed wish that comes meanwhile forgives it (`_forgive`)."""
-        self._failing = {want.key: self._next_attempt(want, error) for want, error in failures}
-        for attempt in list(self._failing.values()):
-            await self._index.record_attempt(attempt)
-        self._known.attempts |= self._failing
-        self._failing = {}
+        for want, error in failures:
+            self._metrics.download_failed(scheme(want), error.reason)
+        await self._failures.note(*failures)
         await self._publish()
-
-    def _next_attempt(self, want: Want, error: AgentError) -> Attempt:
-        if error.reason in _LIST_AGAIN:
-            self._list_again.add(want.key)
-        self._metrics.download_failed(scheme(want), error.reason)
-        before = self._known.attempts.get(want.key)
-        return next_attempt(want.key, before, error, now=self._clock(), dice=self._dice)
 
     async def _publish(self) -> None:
         facts, desired, doubts = self.facts(), self._known.desired, self._proofs.doubts()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from agent.errors import AgentError, Reason
 from agent.hook.objects import Heartbeat, heartbeat
 from agent.kube.client import Api, ApiError
+from agent.unchanged import Unchanged
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Rival:
         self._changed = changed
         self._look_seconds = look_seconds
         self._ticks = ticks
-        self._seen: tuple[Heartbeat, float] | None = None
+        self._seen = Unchanged[Heartbeat]()
         self._obstacle: AgentError | None = AgentError(
             Reason.OTHER_AGENT, f"waits for the Lease {self._name}"
         )
@@ -79,11 +80,8 @@ class Rival:
             return None
 
     def _lives(self, beat: Heartbeat) -> bool:
-        """By our own clock since we saw this renewal, as client-go does: two clocks differ."""
-        now = self._ticks()
-        if self._seen is None or self._seen[0] != beat:
-            self._seen = beat, now
-        return bool(beat.holder) and now - self._seen[1] <= beat.seconds
+        silent = self._seen.seconds(beat, self._ticks())
+        return bool(beat.holder) and silent <= beat.seconds
 
     def _beside(self, beat: Heartbeat) -> AgentError:
         return AgentError(

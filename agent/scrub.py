@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from math import inf
 
 from agent.errors import AgentError
-from agent.fetch import damaged
 from agent.index import Index
 from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import CacheKey
 from agent.store import Store
 from agent.transfer import Engine
+from agent.verify import damaged
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from agent import layout
 from agent.errors import AgentError, Reason
-from agent.kube.parse import Pod, PodRole
+from agent.kube.podspec import Pod, PodRole
 from agent.model import CacheKey, rest_of
 
 

@@ -6,7 +6,7 @@ Once in a while a person deletes a cache; who asks then may wait for the answer,
 from agent.errors import AgentError
 from agent.hook.review import Deletion
 from agent.hook.validation import Users
-from agent.kube import parse
+from agent.kube import podspec
 from agent.kube.client import Api, ApiError, Json
 
 
@@ -34,7 +34,7 @@ async def _pods(api: Api, deletion: Deletion) -> list[str]:
     async for page in api.pages(f"/api/v1{where}/pods"):
         for raw in page["items"] or ():
             try:
-                pod = parse.pod(raw)
+                pod = podspec.pod(raw)
             except (AgentError, LookupError, TypeError, AttributeError, ValueError):
                 continue  # it has nothing of ours, which is well formed
             if deletion.key in pod.keys and not pod.finished:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from agent.kube.parse import Pod
+from agent.kube.podspec import Pod
 from agent.model import CacheKey
 from agent.reconcile import Reconciler
 from agent.wishes import Desired

@@ -19,6 +19,7 @@ from agent.kube import parse
 from agent.kube.client import Api, Json
 from agent.kube.watch import Watch
 from agent.model import CacheKey
+from agent.unchanged import Unchanged
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Watched:
         self._ticks = ticks
         self._stale: set[Part] = set()
         self._beat_at = -_BEAT_SECONDS
-        self._beats: dict[str, tuple[Heartbeat, float]] = {}
+        self._beats: dict[str, Unchanged[Heartbeat]] = {}
         self._taken: dict[str, Holding] = {}
         self._holders: dict[CacheKey, frozenset[str]] = {}
         self._sizes: dict[CacheKey, int] = {}
@@ -79,7 +80,7 @@ class Watched:
             objects.heartbeat,
         )  # fmt: skip
         self._namespaces = self._watch(
-            "inject", "/api/v1/namespaces", objects.is_named, params=_INJECT, metadata_only=True
+            "inject", "/api/v1/namespaces", objects.is_staying, params=_INJECT, metadata_only=True
         )
         self.claims = self._watch(
             "claims", "/api/v1/persistentvolumeclaims", volumes.claim, params=_OURS
@@ -173,20 +174,17 @@ class Watched:
         self._taken = dict(found)
 
     def _live(self) -> frozenset[str]:
-        """The nodes whose agent has renewed its Lease within its time, by our clock since we saw
-        it: the clocks of two machines differ."""
+        """The nodes whose agent has renewed its Lease within its time."""
         now = self._beat_at = self._ticks()
         found = self._leases.objects
         self._beats = {
-            name: seen
-            if (seen := self._beats.get(name)) is not None and seen[0] == beat
-            else (beat, now - self._age(beat))
+            name: self._beats.get(name) or Unchanged(beat, now - self._age(beat))
             for name, beat in found.items()
         }
         return frozenset(
             name.rpartition("/")[2]
-            for name, (beat, since) in self._beats.items()
-            if beat.holder and now - since <= beat.seconds
+            for name, beat in found.items()
+            if self._beats[name].seconds(beat, now) <= beat.seconds and beat.holder
         )
 
     def _age(self, beat: Heartbeat) -> float:

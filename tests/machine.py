@@ -387,12 +387,16 @@ def cache_yaml(name: str, uri: str, **annotations: str) -> str:
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """Every file below a directory, by its relative path."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
+    """Every file below a directory, by its relative path. None, where another one takes its place
+    while this looks: who waits for that asks again."""
+    try:
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file()
+        }
+    except FileNotFoundError:
+        return {}
 
 
 def everything_in(root: Path, *, but: Sequence[Path] = ()) -> set[str]:

@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import layout
+from agent.catalog import Catalog
 from agent.config import Settings
 from agent.errors import AgentError, Reason
 from agent.events import Event, error_event, model_event, select, verified_event
 from agent.model import CacheKey, Ingest
 from agent.status import Facts
-from agent.store import Store
 
 if TYPE_CHECKING:
     from agent.app import Cache
@@ -161,7 +161,7 @@ class _Disk:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._store = Store(settings.root)
+        self._store = Catalog(settings.root)
 
     async def models(self) -> AsyncGenerator[Event, None]:
         facts = {}
@@ -186,8 +186,8 @@ class _Disk:
             return {}
 
     async def verify(self, request: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        from agent.fetch import damaged
         from agent.transfer import Engine
+        from agent.verify import damaged
 
         sealed = {key: found for key, found, _ in self._store.manifests()}
         engine = Engine(connections=self._settings.connections)

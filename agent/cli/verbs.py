@@ -7,13 +7,13 @@ from contextlib import aclosing
 from typing import Any
 
 from agent import layout
+from agent.catalog import Catalog
 from agent.cli.render import bar, error_text, print_json, size, table
 from agent.cli.session import changing, reading
 from agent.config import Settings
 from agent.errors import Reason
 from agent.events import Event, is_named
 from agent.model import claim_name
-from agent.store import Store
 
 _BAD_REQUEST = frozenset(
     reason.value for reason in (Reason.INVALID_SPEC, Reason.UNSUPPORTED, Reason.CONFLICT)
@@ -128,7 +128,7 @@ async def show(settings: Settings, arguments: argparse.Namespace) -> int:
         event = {"reason": "InvalidSpec", "message": message, "advice": "see localmodel ls"}
         return failed(event, arguments)
     model = models[0]
-    found = Store(settings.root).manifest(model["key"])
+    found = Catalog(settings.root).manifest(model["key"])
     files = [
         {
             "path": file.path,

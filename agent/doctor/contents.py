@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from agent import layout, trees
+from agent.catalog import Catalog
 from agent.doctor.check import (
     FAIL,
     OK,
@@ -27,7 +28,6 @@ from agent.errors import AgentError, Reason
 from agent.manifest import Manifest
 from agent.model import CacheKey, quantity
 from agent.server import socket_address
-from agent.store import Store
 
 _ANSWER_SECONDS = 5.0
 _AHEAD_SECONDS = 60
@@ -176,7 +176,7 @@ def index(scene: Scene) -> Check:
 
 def models(scene: Scene) -> Check:
     """The manifests, and whether what they speak of is there: names and sizes, no byte is read."""
-    store = Store(scene.root)
+    store = Catalog(scene.root)
     notes = [
         CacheKey(name) for name in trees.names(scene.root / layout.MANIFESTS) if layout.is_key(name)
     ]
@@ -197,14 +197,14 @@ def models(scene: Scene) -> Check:
     return Check("models", *worst(problems))
 
 
-def _is_broken(store: Store, key: CacheKey, found: Manifest) -> bool:
+def _is_broken(store: Catalog, key: CacheKey, found: Manifest) -> bool:
     """Not, if it was retired while we looked."""
     return bool(store.damage(key, found)) and store.manifest(key) is not None
 
 
 def foreign(scene: Scene) -> Check:
     """What is among the models and this agent never made."""
-    name, store = "foreign", Store(scene.root)
+    name, store = "foreign", Catalog(scene.root)
     left, empty = [], []
     for entry in trees.names(scene.root / layout.MODELS):
         if not layout.is_key(entry):
@@ -239,7 +239,7 @@ def foreign(scene: Scene) -> Check:
     return Check(name, *worst(problems))
 
 
-def _is_stuck(store: Store, key: CacheKey) -> bool:
+def _is_stuck(store: Catalog, key: CacheKey) -> bool:
     """Whether the agent, whose `models/` is, cannot take it over: only root and itself see that."""
     agents = (store.root / layout.MODELS).lstat().st_uid
     found = store.foreign(key, user=agents) if os.geteuid() in (0, agents) else None
@@ -248,7 +248,7 @@ def _is_stuck(store: Store, key: CacheKey) -> bool:
 
 def leftovers(scene: Scene) -> Check:
     """What takes room and is no model: begun, salvaged, retired."""
-    name, store = "leftovers", Store(scene.root)
+    name, store = "leftovers", Catalog(scene.root)
     try:
         begun = trees.names(scene.root / layout.INGEST)
         retired = trees.names(scene.root / layout.TRASH)
@@ -294,7 +294,7 @@ def _taken(root: Path) -> int:
 
 def newest(scene: Scene) -> tuple[str, float] | None:
     """The manifest that was touched last, and when: the last use of its model."""
-    found = ((key, used) for key, _, used in Store(scene.root).manifests())
+    found = ((key, used) for key, _, used in Catalog(scene.root).manifests())
     return max(found, key=lambda pair: pair[1], default=None)
 
 

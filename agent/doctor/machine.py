@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from agent import __version__, disk, layout
+from agent.catalog import Catalog
 from agent.doctor.check import FAIL, OK, WARN, Check, Level, Scene, holder, may_write, there, worst
 from agent.errors import RULES, AgentError, Reason
 from agent.model import quantity
-from agent.store import DIRECTORIES, Store
+from agent.store import DIRECTORIES
 from agent.volume import Volume, on_machine_disk
 
 _PACKAGES = ("aiohttp", "huggingface_hub", "kubernetes", "psutil", "sqlite-utils")
@@ -327,7 +328,7 @@ def space(scene: Scene) -> Check:
         advice = "nothing is begun before models go: `localmodel plan` says which"
         problems.append((WARN, "above the high mark", advice))
     if settings.limit is not None:
-        taken = sum(entry.bytes for entry in Store(scene.root).entries())
+        taken = sum(entry.bytes for entry in Catalog(scene.root).entries())
         seen = f"models take {quantity(taken)} of --limit {quantity(settings.limit)}"
         over = taken > settings.limit
         advice = "models go until it is kept: see `localmodel plan`" if over else ""

@@ -10,7 +10,7 @@ from typing import Any
 from agent import __version__, usage
 from agent.doctor.check import FAIL, OK, WARN, Check, Level, Scene, counted, some, worst
 from agent.errors import RULES, AgentError, Reason
-from agent.kube import parse
+from agent.kube import parse, podspec
 from agent.kube.client import Api, ApiError, Json
 
 _SECONDS = 8.0
@@ -165,7 +165,7 @@ def rivals(scene: Scene, answers: Answers) -> Check:
     name = "rivals"
     if not scene.of_a_node:
         return Check(name, OK, "not asked without NODE_NAME")
-    pods = [parse.pod(raw) for raw in answers.of(_PODS)]
+    pods = [podspec.pod(raw) for raw in answers.of(_PODS)]
     if (error := usage.rival(pods)) is not None:
         return Check(name, FAIL, error.message, RULES[error.reason].advice)
     return Check(name, OK, f"none among {counted(len(pods), 'pod')} of this node")
@@ -175,7 +175,7 @@ def _served(scene: Scene, answers: Answers) -> str:
     """Our directory by its name on the node, where the pods can be read."""
     settings = scene.settings
     try:
-        pods = [parse.pod(raw) for raw in answers.of(_PODS)] if scene.of_a_node else []
+        pods = [podspec.pod(raw) for raw in answers.of(_PODS)] if scene.of_a_node else []
     except AgentError:
         pods = []
     me = f"{settings.pod_namespace}/{settings.pod_name}"

@@ -25,10 +25,10 @@ from agent.hook.scheduling import allowed
 from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
 from agent.hook.wrapper import Pair, command
-from agent.kube import parse
+from agent.kube import podspec
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
-from agent.kube.parse import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL, sources
+from agent.kube.podspec import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL, sources
 from agent.model import CacheKey, cache_key, claim_name
 from agent.quantities import parse_duration
 
@@ -107,9 +107,9 @@ class _Asked:
         return self._mounted(named)
 
     def _check_opt_outs(self) -> None:
-        if parse.is_disabled(self.notes):
+        if podspec.is_disabled(self.notes):
             raise _Left(Why.DISABLED)
-        if parse.writes(self.notes):
+        if podspec.writes(self.notes):
             raise _Left(Why.WRITES)
 
     def _volumes(self) -> Sequence[Json]:

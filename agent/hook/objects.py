@@ -147,6 +147,6 @@ def heartbeat(raw: Json) -> Heartbeat:
     )
 
 
-def is_named(raw: Json) -> bool:
+def is_staying(raw: Json) -> bool:
     """Of an object of which only that it is there counts; not while it is going."""
     return "deletionTimestamp" not in at(raw, "metadata")

@@ -22,7 +22,8 @@ from agent.hook.patch import applied
 from agent.hook.spec import WARNING, Json, at, cut
 from agent.hook.validation import NOBODY, Users, services_of, validate
 from agent.hook.world import World
-from agent.kube.parse import GROUP, KSERVE_LABEL, VERSION, is_disabled
+from agent.kube.parse import GROUP, VERSION
+from agent.kube.podspec import KSERVE_LABEL, is_disabled
 from agent.model import CacheKey, cache_key
 
 API = "admission.k8s.io/v1"

@@ -14,15 +14,8 @@ from typing import Any
 from agent.errors import AgentError
 from agent.hook.spec import Json, at, cut, few
 from agent.hook.world import World
-from agent.kube.parse import (
-    ANNOTATIONS,
-    GROUP,
-    KSERVE_LABEL,
-    check_not_of_node,
-    size_of,
-    source_uri,
-    want,
-)
+from agent.kube.parse import ANNOTATIONS, GROUP, check_not_of_node, size_of, source_uri, want
+from agent.kube.podspec import KSERVE_LABEL
 from agent.model import quantity
 
 _APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -52,7 +45,7 @@ class Users:
     """Who was found to use a cache that is to be deleted.
 
     `services` are the objects that `services_of` names and that exist still; `pods` are the names,
-    with namespaces, of those that rely on its key (`kube.parse.Pod.keys`) and have not finished.
+    with namespaces, of those that rely on its key (`kube.podspec.Pod.keys`) and have not finished.
     """
 
     services: tuple[Json, ...] = ()

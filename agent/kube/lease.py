@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 from agent.errors import AgentError, Reason
 from agent.kube.client import Api, ApiError, Json
+from agent.unchanged import Unchanged
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Lease:
         self._ticks = ticks
         self._object: Json | None = None
         self._conflicts = 0
-        self._seen: tuple[object, float] = (None, 0.0)
+        self._seen = Unchanged[object]()
         self.answered = asyncio.Event()
         """Set when the server has said for the first time whose it is."""
         self._refusal: AgentError | None = None
@@ -120,17 +121,13 @@ class Lease:
         self._held(await self._api.replace(f"{self._list}/{self._name}", body))
 
     def _has_ended(self, holder: str) -> bool:
-        """Whether another holder's Lease is over.
-
-        By our own clock since we saw its last renewal, as client-go does: two nodes' clocks differ.
-        """
+        """Whether another holder's Lease is over."""
         assert self._object is not None
         spec = _spec(self._object)
         stamp = (holder, spec.get("renewTime"), self._object["metadata"].get("resourceVersion"))
-        if self._seen[0] != stamp:
-            self._seen = (stamp, self._ticks())
+        silent = self._seen.seconds(stamp, self._ticks())
         lasts = spec.get("leaseDurationSeconds") or DURATION_SECONDS
-        return self._gone(holder) or self._ticks() - self._seen[1] > lasts
+        return self._gone(holder) or silent > lasts
 
     def _held(self, answer: Json) -> None:
         """By what the server has now, and not by what it was sent."""

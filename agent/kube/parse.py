@@ -1,17 +1,14 @@
 """Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
 
 import json
-import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
-from agent import layout
 from agent.errors import AgentError, Reason
 from agent.layout import is_one_line
-from agent.model import CacheKey, FilePolicy, ModelRef, Want
+from agent.model import FilePolicy, ModelRef, Want
 from agent.quantities import parse_duration, parse_size
 
 GROUP = "serving.kserve.io"
@@ -20,20 +17,6 @@ ANNOTATIONS = "localmodel-agent.io"
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # RFC 1123 subdomain
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
-
-
-KEYS = f"{ANNOTATIONS}/keys"
-INJECTED = f"{ANNOTATIONS}/injected"
-AGENT_LABEL = ("app.kubernetes.io/name", "localmodel-agent")
-
-_DISABLE = f"{ANNOTATIONS}/disable"
-_KSERVE_AGENT = "kserve-localmodelnode-agent"
-KSERVE_LABEL = "internal.serving.kserve.io/localmodel"
-KSERVE_CLAIM = "kserve-pvc-source"  # the volume's name in KServe's Jobs and in the pods it rewrote
-INITIALIZER = "storage-initializer"
-
-_MOST_DOWNLOADS, _LONGEST_URI = 16, 2048
-"""Of one pod: KServe's have few, and a tenant may write a megabyte of arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,42 +76,6 @@ class Group:
     file_policy: FilePolicy | None = None
 
 
-class PodRole(StrEnum):
-    """What a pod is to the cache, beside a user of models."""
-
-    USER = "user"
-    AGENT = "agent"  # of ours
-    KSERVE_AGENT = "kserve-agent"
-    DOWNLOAD_JOB = "download-job"  # KServe's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pod:
-    """A pod of the node, as far as the cache cares.
-
-    `keys` are named by its mounts or by the hook; `claims` it mounts whole, so that it may read any
-    model, and `served_by_kserve` says that it does so as KServe's pods do; `directories` are those
-    of the node that it mounts; `host_paths` lead there from the path in its first container.
-    `downloads` are the URIs that its initializer or an annotation names, past the cache: none for a
-    pod that was given a claim or wants none. `started`: its containers have begun. `created` is by
-    RFC 3339.
-    """
-
-    uid: str
-    namespace: str
-    name: str
-    role: PodRole
-    finished: bool
-    keys: frozenset[CacheKey]
-    claims: frozenset[str]
-    served_by_kserve: bool
-    directories: frozenset[str]
-    host_paths: Mapping[str, str]
-    downloads: tuple[str, ...]
-    started: bool
-    created: str
-
-
 def cache(raw: Any) -> Cache:
     """A LocalModelCache from its object. Raises InvalidSpec naming the field."""
     if not isinstance(raw, Mapping):
@@ -137,13 +84,13 @@ def cache(raw: Any) -> Cache:
         raise _invalid(f"apiVersion is {_shown(raw.get('apiVersion'))}, not {GROUP}/{VERSION}")
     if raw.get("kind") != "LocalModelCache":
         raise _invalid(f"kind is {_shown(raw.get('kind'))}, not LocalModelCache")
-    metadata = _mapping(raw, "metadata")
+    metadata = mapping_of(raw, "metadata")
     name = metadata.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _invalid(
             f"metadata.name {_shown(name)} is not a name (lower case letters, digits, - and .)"
         )
-    spec = _mapping(raw, "spec")
+    spec = mapping_of(raw, "spec")
     uri = source_uri(spec, "spec.sourceModelUri")
     asked = want(uri, name, _annotations(metadata))
     return Cache(name=name, want=replace(asked, floor=size_of(spec.get("modelSize")) or 0))
@@ -188,25 +135,25 @@ def want(
 
 def cache_meta(raw: Mapping[str, Any], kind: str) -> CacheMeta:
     """From a PartialObjectMetadata, whose own kind says nothing."""
-    metadata = _mapping(raw, "metadata")
+    metadata = mapping_of(raw, "metadata")
     return CacheMeta(
         kind=kind,
-        namespace=_text(metadata, "namespace"),
-        name=_text(metadata, "name"),
-        uid=_text(metadata, "uid"),
-        created=_text(metadata, "creationTimestamp"),
+        namespace=text_of(metadata, "namespace"),
+        name=text_of(metadata, "name"),
+        uid=text_of(metadata, "uid"),
+        created=text_of(metadata, "creationTimestamp"),
         annotations=_ours_only(_annotations(metadata)),
     )
 
 
 def node(raw: Mapping[str, Any]) -> NodeObject:
     """A LocalModelNode; neither its spec nor its status need be there (kserve-observed.md 13)."""
-    metadata = _mapping(raw, "metadata")
+    metadata = mapping_of(raw, "metadata")
     found = (raw.get("spec") or {}).get("localModels") or []
     entries: dict[str, ModelEntry] = {}
     refused: dict[str, str] = {}
     for item in found:
-        model, namespace = _text(item, "modelName"), _text(item, "namespace")
+        model, namespace = text_of(item, "modelName"), text_of(item, "namespace")
         name = f"{namespace}/{model}" if namespace else model
         try:
             uri = source_uri(item, "sourceModelUri")
@@ -220,16 +167,16 @@ def node(raw: Mapping[str, Any]) -> NodeObject:
             namespace=namespace,
             model=model,
             uri=uri,
-            group=_text(item, "nodeGroup"),
+            group=text_of(item, "nodeGroup"),
             access=_access(item),
             guarded=bool(namespace and (item.get("serviceAccountName") or item.get("storage"))),
         )
     return NodeObject(
-        uid=_text(metadata, "uid"),
-        version=_text(metadata, "resourceVersion"),
+        uid=text_of(metadata, "uid"),
+        version=text_of(metadata, "resourceVersion"),
         entries=tuple(entries.values()),
         refused=tuple(refused.items()),
-        status=_mapping(raw, "status") if raw.get("status") else {},
+        status=mapping_of(raw, "status") if raw.get("status") else {},
     )
 
 
@@ -247,7 +194,7 @@ def config_map(raw: Mapping[str, Any]) -> dict[str, Any]:
 def storage_container(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A ClusterStorageContainer, as `credentials` reads it. What is wrong in it is said there, to
     those whom it concerns: left out, it would be as if it did not match them."""
-    name = _text(_mapping(raw, "metadata"), "name")
+    name = text_of(mapping_of(raw, "metadata"), "name")
     return {"metadata": {"name": name}, "spec": raw.get("spec"), "disabled": raw.get("disabled")}
 
 
@@ -275,10 +222,10 @@ def _local_model(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 def group(raw: Mapping[str, Any]) -> Group:
     volume = (raw.get("spec") or {}).get("persistentVolumeSpec") or {}
     source = volume.get("local") or volume.get("hostPath") or {}
-    metadata = _mapping(raw, "metadata")
+    metadata = mapping_of(raw, "metadata")
     return Group(
-        name=_text(metadata, "name"),
-        path=_text(source, "path"),
+        name=text_of(metadata, "name"),
+        path=text_of(source, "path"),
         limit=size_of((raw.get("spec") or {}).get("storageLimit")),
         file_policy=_file_policy(_annotations(metadata).get(f"{ANNOTATIONS}/file-policy")),
     )
@@ -290,123 +237,6 @@ def _file_policy(text: Any) -> FilePolicy | None:
         return None
     known = [policy for policy in FilePolicy if policy == text]
     return known[0] if known else FilePolicy.REFUSE
-
-
-def pod(raw: Mapping[str, Any]) -> Pod:
-    metadata, spec = _mapping(raw, "metadata"), raw.get("spec") or {}
-    labels, notes = metadata.get("labels") or {}, metadata.get("annotations") or {}
-    phase = (raw.get("status") or {}).get("phase")
-    volumes = {volume["name"]: volume for volume in spec.get("volumes") or []}
-    keys: set[CacheKey] = set()
-    claims: set[str] = set()  # mounted whole
-    sources: set[str] = set()  # the volumes of these
-    directories: set[str] = set()
-    host_paths: dict[str, str] = {}
-    for container in _containers(spec):
-        for mount in container.get("volumeMounts") or []:
-            volume = volumes.get(mount["name"], {})
-            part = _part(mount)
-            if (directory := volume.get("hostPath")) is not None:
-                path = posixpath.normpath("/" + f"{_text(directory, 'path')}/{part}".lstrip("/"))
-                directories.add(path)
-                host_paths.setdefault(_text(mount, "mountPath"), path)
-            elif (claim := volume.get("persistentVolumeClaim")) is None:
-                continue
-            elif key := layout.key_in(part):
-                keys.add(key)
-            elif part in (".", layout.MODELS):
-                claims.add(_text(claim, "claimName"))
-                sources.add(_text(volume, "name"))
-    relied = notes.get(KEYS)
-    # The hook says which models of the whole claim it meant. Of a pod that mounts no claim, anybody
-    # said it: that would keep models on a node, and make it fetch them.
-    if relied is not None and (claims or keys):
-        named = [key.strip() for key in relied.split(",")]
-        keys |= {CacheKey(key) for key in named if layout.is_key(key)}
-        if all(map(layout.is_key, named)):  # else nobody knows what was meant
-            claims.clear()
-    return Pod(
-        uid=_text(metadata, "uid"),
-        namespace=_text(metadata, "namespace"),
-        name=_text(metadata, "name"),
-        role=_role(metadata, labels, volumes),
-        finished=phase in ("Succeeded", "Failed"),
-        keys=frozenset(keys),
-        claims=frozenset(claims),
-        served_by_kserve=bool(claims) and (KSERVE_CLAIM in sources or KSERVE_LABEL in labels),
-        directories=frozenset(directories),
-        host_paths=host_paths,
-        downloads=_downloads(spec, volumes, notes),
-        started=phase not in (None, "", "Pending"),
-        created=_text(metadata, "creationTimestamp"),
-    )
-
-
-def is_disabled(notes: Mapping[str, Any]) -> bool:
-    """Whether a pod's annotations opt it out of the cache: KServe's, or ours."""
-    return "serving.kserve.io/disable-localmodel" in notes or notes.get(_DISABLE) == "true"
-
-
-def writes(notes: Mapping[str, Any]) -> bool:
-    """Whether a pod is to write to its model."""
-    return notes.get("storage.kserve.io/readonly") == "false"
-
-
-def _downloads(
-    spec: Mapping[str, Any], volumes: Mapping[str, Any], notes: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """The URIs of `uri destination [uri destination ...]`, and those that annotations name."""
-    helped = INJECTED in notes or KEYS in notes or KSERVE_CLAIM in volumes
-    if helped or is_disabled(notes) or writes(notes):
-        return ()
-    found = [c for c in spec.get("initContainers") or () if c.get("name") == INITIALIZER]
-    words = [str(word) for container in found for word in container.get("args") or ()]
-    uris = [*words[: 2 * _MOST_DOWNLOADS : 2], *sources(notes).values()][:_MOST_DOWNLOADS]
-    return tuple(uri for uri in uris if len(uri) <= _LONGEST_URI)
-
-
-def sources(notes: Mapping[str, Any]) -> dict[str, str]:
-    """The URIs that annotations of a pod name, by the name behind the dot with its dot, "" for the
-    one without."""
-    prefix = f"{ANNOTATIONS}/source"
-    found = {
-        note.removeprefix(prefix): uri for note, uri in notes.items() if note.startswith(prefix)
-    }
-    return {name: str(found[name]) for name in sorted(found) if not name or name.startswith(".")}
-
-
-def _containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for kind in ("containers", "initContainers", "ephemeralContainers"):
-        yield from spec.get(kind) or []
-
-
-def _part(mount: Mapping[str, Any]) -> str:
-    """The directory of its volume that a mount shows, "." for the whole.
-
-    Kubelet replaces what an expression names by values of the container's environment: from there
-    on it may be anything.
-    """
-    known = _text(mount, "subPath")
-    if expression := _text(mount, "subPathExpr"):
-        known, names, _ = expression.partition("$(")
-        known = known.rpartition("/")[0] if names else known
-    return posixpath.normpath(known.strip("/"))
-
-
-def _role(
-    metadata: Mapping[str, Any], labels: Mapping[str, str], volumes: Mapping[str, Any]
-) -> PodRole:
-    """Not by labels alone: those are anybody's to set, and would stop the node's cache."""
-    owners = {owner.get("kind") for owner in metadata.get("ownerReferences") or []}
-    on_host = any("hostPath" in volume for volume in volumes.values())
-    if labels.get("control-plane") == _KSERVE_AGENT and "DaemonSet" in owners and on_host:
-        return PodRole.KSERVE_AGENT
-    if labels.get(AGENT_LABEL[0]) == AGENT_LABEL[1]:
-        return PodRole.AGENT
-    # Its Jobs carry these two (kserve.md 3.4).
-    if "Job" in owners and KSERVE_CLAIM in volumes and {"model", "node"} <= set(labels):
-        return PodRole.DOWNLOAD_JOB
-    return PodRole.USER
 
 
 def patterns(text: str) -> tuple[str, ...]:
@@ -462,14 +292,14 @@ def size_of(value: Any) -> int | None:
         return None
 
 
-def _mapping(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def mapping_of(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name)
     if not isinstance(value, Mapping):
         raise _invalid(f"{name} is missing")
     return value
 
 
-def _text(raw: Mapping[str, Any], name: str) -> str:
+def text_of(raw: Mapping[str, Any], name: str) -> str:
     value = raw.get(name)
     if value is not None and not isinstance(value, str):
         raise _invalid(f"{name} is {_shown(value)}, not a text")

@@ -19,7 +19,7 @@ import pytest
 from agent.errors import Reason
 from agent.kube import client as client_module
 from agent.kube import lease as lease_module
-from agent.kube import parse
+from agent.kube import parse, podspec
 from agent.kube import watch as watch_module
 from agent.kube.client import Api, ApiError, Json
 from agent.kube.events import Recorder, Subject
@@ -230,7 +230,7 @@ class ClusterContract:
 
     async def test_the_pods_of_one_node(self, world: World, api: Noting) -> None:
         selected = {"fieldSelector": f"spec.nodeName={world.node}"}
-        watch = Watch(api, "/api/v1/pods", parse=parse.pod, changed=nothing, params=selected)
+        watch = Watch(api, "/api/v1/pods", parse=podspec.pod, changed=nothing, params=selected)
         await world.put(pod_path(world, "mine"), a_pod(world, "mine"))
         async with running(watch.run()):
             await watch.listed.wait()
@@ -793,7 +793,7 @@ def a_pod(world: World, name: str, *, node: str | None = None) -> Json:
     return pod(f"{world.node}-{name}", node or world.node, uri=URI, labels=None, owner="ReplicaSet")
 
 
-def pods_of(world: World, watch: Watch[parse.Pod]) -> list[str]:
+def pods_of(world: World, watch: Watch[podspec.Pod]) -> list[str]:
     """Those that a test made; the agent's own pod may be there too."""
     prefix = f"default/{world.node}-"
     return sorted(name.removeprefix(prefix) for name in watch.objects if name.startswith(prefix))

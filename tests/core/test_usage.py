@@ -6,7 +6,7 @@ import pytest
 
 from agent import usage
 from agent.errors import Reason
-from agent.kube import parse
+from agent.kube import podspec
 from agent.model import CacheKey
 
 KEY = CacheKey("0123456789abcdef")
@@ -28,13 +28,13 @@ def pod(
     name: str = "p",
     owner: str = "ReplicaSet",
     kind: str = "containers",
-) -> parse.Pod:
+) -> podspec.Pod:
     """A pod with one volume, `v`, and a container for each of its mounts."""
     containers = [
         {"name": f"c{number}", "volumeMounts": [{"name": "v", "mountPath": "/mnt", **mount}]}
         for number, mount in enumerate(mounts)
     ]
-    return parse.pod(
+    return podspec.pod(
         {
             "metadata": {
                 "name": name,
@@ -54,7 +54,7 @@ def on_host(path: str) -> dict[str, Any]:
     return {"hostPath": {"path": path}}
 
 
-def keys(found: parse.Pod) -> frozenset[CacheKey]:
+def keys(found: podspec.Pod) -> frozenset[CacheKey]:
     return usage.keys_of(found, present=SEALED, groups=["gpu"], served=SERVED)
 
 
@@ -114,16 +114,16 @@ def test_other_volumes_use_nothing(volume: dict[str, Any]) -> None:
     ],
 )
 def test_the_hook_says_which_models_of_a_whole_claim(note: str, used: frozenset[CacheKey]) -> None:
-    assert keys(pod({}, annotations={parse.KEYS: note})) == used
+    assert keys(pod({}, annotations={podspec.KEYS: note})) == used
 
 
 def test_who_mounts_no_claim_uses_no_model_whatever_it_says() -> None:
-    forged = pod({}, volume={"x": {}, "emptyDir": {}}, annotations={parse.KEYS: KEY})
+    forged = pod({}, volume={"x": {}, "emptyDir": {}}, annotations={podspec.KEYS: KEY})
     assert keys(forged) == NOTHING
 
 
 def test_the_hook_adds_to_what_is_mounted_by_name() -> None:
-    both = pod({"subPath": f"models/{KEY}"}, annotations={parse.KEYS: OTHER})
+    both = pod({"subPath": f"models/{KEY}"}, annotations={podspec.KEYS: OTHER})
     assert keys(both) == ALL
 
 
@@ -163,7 +163,7 @@ def test_two_containers_with_different_directories_at_the_same_path() -> None:
             ],
         },
     }
-    assert keys(parse.pod(raw)) == ONE
+    assert keys(podspec.pod(raw)) == ONE
 
 
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
@@ -172,7 +172,7 @@ def test_a_pod_that_has_ended_uses_nothing(phase: str) -> None:
     assert keys(pod({}, phase="Pending")) == ALL
 
 
-def kserve_agent() -> parse.Pod:
+def kserve_agent() -> podspec.Pod:
     return pod({}, volume=on_host("/models"), labels=KSERVE_AGENT, name="agent", owner="DaemonSet")
 
 
@@ -225,7 +225,7 @@ def test_of_a_pod_of_kserves_the_hook_says_which_models_too() -> None:
     found = pod(
         {"name": "kserve-pvc-source"},
         volume={**CLAIM, "name": "kserve-pvc-source"},
-        annotations={parse.KEYS: KEY},
+        annotations={podspec.KEYS: KEY},
     )
     assert usage.keys_of(found, present=SEALED, groups=(), served=SERVED) == ONE
 
@@ -235,7 +235,7 @@ def test_of_a_pod_of_kserves_the_hook_says_which_models_too() -> None:
 
 def kserve_source(
     name: str, labels: dict[str, str], phase: str = "Running", *, owner: str = "Job"
-) -> parse.Pod:
+) -> podspec.Pod:
     raw = {
         "metadata": {
             "name": name,
@@ -247,7 +247,7 @@ def kserve_source(
         "spec": {"volumes": [{"name": "kserve-pvc-source", **CLAIM}]},
         "status": {"phase": phase},
     }
-    return parse.pod(raw)
+    return podspec.pod(raw)
 
 
 def test_nobody_else_is_no_obstacle() -> None:

@@ -14,8 +14,8 @@ from agent.hook.admission import mutate
 from agent.hook.decisions import Mutation
 from agent.hook.patch import applied
 from agent.index import Index
-from agent.kube import parse
-from agent.kube.parse import Pod
+from agent.kube import podspec
+from agent.kube.podspec import Pod
 from agent.metrics import Metrics
 from agent.model import CacheKey
 from agent.reconcile import Reconciler
@@ -40,7 +40,7 @@ def pod(
     raw = copy.deepcopy(case) if isinstance(case, dict) else golden(case)
     raw["metadata"] |= {"name": uid, "uid": uid, "creationTimestamp": created}
     raw["metadata"]["annotations"] = {**raw["metadata"].get("annotations", {}), **(notes or {})}
-    return parse.pod({**raw, "status": {"phase": phase}})
+    return podspec.pod({**raw, "status": {"phase": phase}})
 
 
 def past(found: Pod, *, offers: list[Offer] = OFFERS, since: str = EARLY) -> str | None:

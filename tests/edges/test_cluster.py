@@ -8,7 +8,7 @@ import pytest
 
 from agent.cluster import Cluster
 from agent.config import Settings
-from agent.kube import parse
+from agent.kube import podspec
 from agent.kube.client import Api, Json
 from agent.model import cache_key
 from agent.usage import Offer
@@ -56,7 +56,7 @@ def pod(phase: str = "Pending", **annotations: str) -> Json:
 async def test_pods_that_name_models_are_those_that_have_not_ended(
     server: FakeCluster, cluster: Cluster
 ) -> None:
-    note: dict[str, Any] = {parse.KEYS: KEY}
+    note: dict[str, Any] = {podspec.KEYS: KEY}
     await server.put(f"{PODS}/waits", pod(**note))
     await server.put(f"{PODS}/runs", pod("Running", **note))
     await server.put(f"{PODS}/ended", pod("Succeeded", **note))
@@ -90,7 +90,7 @@ async def test_a_node_offers_what_its_entries_have_caches_for(
 
 
 async def test_what_a_pod_is_told_stands_beside_it(server: FakeCluster, cluster: Cluster) -> None:
-    await server.put(f"{PODS}/waits", pod(**{parse.KEYS: KEY}))
+    await server.put(f"{PODS}/waits", pod(**{podspec.KEYS: KEY}))
     await eventually(cluster.pods)
     ((uid, found),) = cluster.pods().items()
     cluster.tell_pod(found, Word(kind="Warning", reason="NotAskedFor", message="nobody does"))

@@ -17,7 +17,7 @@ from agent import usage
 from agent.cluster import Cluster
 from agent.config import Settings
 from agent.errors import AgentError, Reason
-from agent.kube import parse
+from agent.kube import parse, podspec
 from agent.kube.client import Api, Json
 from agent.kube.parse import cache, fingerprint, patterns
 from agent.kube.watch import Watch
@@ -193,7 +193,7 @@ def test_patterns_and_fingerprints() -> None:
 
 PARSERS: dict[str, Callable[[Json], Any]] = {
     "node": parse.node,
-    "pod": parse.pod,
+    "pod": podspec.pod,
     "group": parse.group,
     "cache": lambda raw: parse.cache_meta(raw, "LocalModelCache"),
 }
@@ -223,7 +223,7 @@ def _list(of: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 _TEXT = st.text(max_size=5)
 _NAMES = st.dictionaries(st.sampled_from(["model", "node", "control-plane"]), _or_any(_TEXT))
-_NOTES = st.dictionaries(st.sampled_from([parse.KEYS, parse.INJECTED, "other"]), _or_any(_TEXT))
+_NOTES = st.dictionaries(st.sampled_from([podspec.KEYS, podspec.INJECTED, "other"]), _or_any(_TEXT))
 _MOUNT = _object(
     name=st.just("v"),
     mountPath=st.just("/models"),
@@ -232,7 +232,7 @@ _MOUNT = _object(
 )
 _CONTAINERS = _list(
     _object(
-        name=st.just(parse.INITIALIZER),
+        name=st.just(podspec.INITIALIZER),
         args=_list(st.sampled_from(["hf://a/b", "/mnt/models"])),
         volumeMounts=_list(_MOUNT),
     )
@@ -276,7 +276,7 @@ WELL_FORMED: Json = {
         "creationTimestamp": "2026-01-01T00:00:00Z",
         "labels": {"model": "m", "node": "n"},
         "ownerReferences": [{"kind": "Job"}],
-        "annotations": {parse.KEYS: "0123456789abcdef", "localmodel-agent.io/priority": "1"},
+        "annotations": {podspec.KEYS: "0123456789abcdef", "localmodel-agent.io/priority": "1"},
     },
     "spec": {
         "localModels": [
@@ -295,7 +295,7 @@ WELL_FORMED: Json = {
                 ]
             }
         ],
-        "initContainers": [{"name": parse.INITIALIZER, "args": [URI, "/mnt/models"]}],
+        "initContainers": [{"name": podspec.INITIALIZER, "args": [URI, "/mnt/models"]}],
     },
     "status": {"phase": "Running", "modelStatus": {}},
 }
@@ -318,7 +318,7 @@ def test_one_wrong_value_anywhere_is_worked_with_or_refused(value: Any) -> None:
             place = place[parent]
         place[last] = value
         with suppress(*REFUSALS):
-            _check_texts(pod := parse.pod(raw))
+            _check_texts(pod := podspec.pod(raw))
             _use_pods({"p": pod})
         for found in (raw, WELL_FORMED):
             with suppress(*REFUSALS):
@@ -344,14 +344,14 @@ def test_any_json_parses_or_is_refused(raw: Any, kind: str) -> None:
 def test_what_parses_can_be_worked_with(node: Any, pod: Any, group: Any, meta: Any) -> None:
     """Nobody looks at a field a second time."""
     with suppress(*REFUSALS):
-        pods = {"p": parse.pod(pod)}
+        pods = {"p": podspec.pod(pod)}
         _use_pods(pods)
     with suppress(*REFUSALS):
         objects = parse.node(node), parse.group(group), PARSERS["cache"](meta)
         _use_objects(*objects)
 
 
-def _use_pods(pods: dict[str, parse.Pod]) -> None:
+def _use_pods(pods: dict[str, podspec.Pod]) -> None:
     try:
         usage.rival(pods.values())
         usage.served_at("/models", pods.values(), "a/b")

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from agent.errors import AgentError, Reason
-from agent.fetch import Fetcher, Tally
+from agent.fetch import Fetcher
 from agent.metrics import Metrics
 from agent.model import ModelRef, Stage, Want
 from agent.ratelimits import RateLimits
 from agent.sources import Sources
 from agent.sources.hf import HuggingFace
 from agent.store import Store
+from agent.tally import Tally
 from agent.transfer import Engine
 from tests.fakes.hub import Hub, Status
 

@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 
-from agent.kube import parse
-from agent.kube.parse import Pod
+from agent.kube import podspec
+from agent.kube.podspec import Pod
 from agent.model import Block, Blocked, CacheKey, Entry, Job, ModelRef, Stage, cache_key
 from agent.reconcile import Reconciler
 from agent.status import Facts
@@ -39,11 +39,11 @@ def fetching(done: int) -> Facts:
 
 
 def pod(uid: str, *, phase: str = "Pending") -> Pod:
-    metadata = {"name": uid, "namespace": "team", "uid": uid, "annotations": {parse.KEYS: KEY}}
+    metadata = {"name": uid, "namespace": "team", "uid": uid, "annotations": {podspec.KEYS: KEY}}
     claim = {"name": "cache", "persistentVolumeClaim": {"claimName": "localmodel-gpu"}}
     server = {"volumeMounts": [{"name": "cache", "mountPath": "/mnt/localmodel"}]}
     spec = {"containers": [server], "volumes": [claim]}
-    return parse.pod({"metadata": metadata, "spec": spec, "status": {"phase": phase}})
+    return podspec.pod({"metadata": metadata, "spec": spec, "status": {"phase": phase}})
 
 
 class Node:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from agent.kube.parse import KSERVE_CLAIM, KSERVE_LABEL
+from agent.kube.podspec import KSERVE_CLAIM, KSERVE_LABEL
 from agent.model import cache_key
 from tests.hook.pods import A100, BUCKET, LLAMA, LLAMA_70B, PRODUCT, golden, plain, selector
 

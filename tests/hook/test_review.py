@@ -16,7 +16,7 @@ from agent.hook.patch import applied
 from agent.hook.review import OF_CACHES, OF_PODS, Answer, Deletion, Outcome
 from agent.hook.validation import Users
 from agent.hook.world import World
-from agent.kube.parse import KSERVE_LABEL
+from agent.kube.podspec import KSERVE_LABEL
 from agent.model import cache_key
 from agent.sources import scheme_of
 from tests.hook.pods import LLAMA, MIXED, WORLD, cases, golden, plain

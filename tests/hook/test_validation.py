@@ -8,7 +8,7 @@ import pytest
 
 from agent.hook.validation import Users, Verdict, services_of, validate
 from agent.hook.world import Cache, Group, World
-from agent.kube.parse import KSERVE_LABEL
+from agent.kube.podspec import KSERVE_LABEL
 from agent.sources import scheme_of
 from tests.hook.pods import A100, LLAMA, selector
 

@@ -59,14 +59,20 @@ def known(agent: Agent, name: str, repo: str) -> None:
     agent.node.plane.apply(cache(name, f"hf://{repo}", [GROUP]))
 
 
+def downloaded(agent: Agent, name: str) -> str:
+    """A new model that the node has; its repository."""
+    repo = f"acme/{name}"
+    agent.hub.add(repo, files(repo))
+    known(agent, name, repo)
+    agent.want(name, repo)
+    agent.wait_downloaded(name)
+    return repo
+
+
 def test_a_predictor_starts_from_the_cache_and_asks_no_origin(
     serving: Agent, tenant: Tenant
 ) -> None:
-    repo = "acme/served"
-    serving.hub.add(repo, files(repo))
-    known(serving, "served", repo)
-    serving.want("served", repo)
-    serving.wait_downloaded("served")
+    repo = downloaded(serving, "served")
     before = sent(serving.hub, repo)
     pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES))
     notes = pod.get()["metadata"]["annotations"]
@@ -171,11 +177,7 @@ def test_an_agent_that_is_dead_is_waited_for_a_minute(serving: Agent, tenant: Te
 
 def test_what_the_original_began_the_original_ends(serving: Agent, tenant: Tenant) -> None:
     """A pod that was there before the hook, say, and whose sandbox is made again."""
-    repo = "acme/half-done"
-    serving.hub.add(repo, files(repo))
-    known(serving, "half-done", repo)
-    serving.want("half-done", repo)
-    serving.wait_downloaded("half-done")
+    repo = downloaded(serving, "half-done")
     pod = tenant.predictor("p", f"hf://{repo}", NAMES)
     (initializer,) = pod["spec"]["initContainers"]
     (volume,) = [mount for mount in initializer["volumeMounts"] if "models" in mount["mountPath"]]
@@ -189,11 +191,7 @@ def test_what_the_original_began_the_original_ends(serving: Agent, tenant: Tenan
 
 def test_run_again_it_links_again(serving: Agent, tenant: Tenant) -> None:
     """Kubelet runs init containers again when the pod's sandbox is made again."""
-    repo = "acme/twice"
-    serving.hub.add(repo, files(repo))
-    known(serving, "twice", repo)
-    serving.want("twice", repo)
-    serving.wait_downloaded("twice")
+    repo = downloaded(serving, "twice")
     pod = tenant.create(tenant.predictor("p", f"hf://{repo}", NAMES)).wait_running(SERVER)
     before = sent(serving.hub, repo)
     first = pod.container("storage-initializer")["containerID"]
@@ -235,12 +233,8 @@ def test_no_pod_changes_the_cache_whatever_it_asks_of_its_volumes(
 ) -> None:
     """OpenShift's SCCs set these on every pod. (SELinux is not on here: of its labels nothing can
     be shown, but that the fields are taken.)"""
-    repo = "acme/untouched"
+    repo = downloaded(serving, "untouched")
     uri = f"hf://{repo}"
-    serving.hub.add(repo, files(repo))
-    known(serving, "untouched", repo)
-    serving.want("untouched", repo)
-    serving.wait_downloaded("untouched")
     claim_of_kserve(tenant, "untouched-gpu")
     before = modes(on_host("/models"))
     security = {
@@ -264,12 +258,8 @@ def test_no_pod_changes_the_cache_whatever_it_asks_of_its_volumes(
 def test_two_teams_under_the_restricted_standard_read_one_model(
     serving: Agent, tenant: Tenant
 ) -> None:
-    repo = "acme/shared"
+    repo = downloaded(serving, "shared")
     uri = f"hf://{repo}"
-    serving.hub.add(repo, files(repo))
-    known(serving, "shared", repo)
-    serving.want("shared", repo)
-    serving.wait_downloaded("shared")
     before = sent(serving.hub, repo)
     for number in (1, 2):
         name = f"restricted-{number}"
@@ -291,12 +281,9 @@ def test_two_teams_under_the_restricted_standard_read_one_model(
 
 
 def test_what_a_pod_reads_is_not_evicted(serving: Agent, tenant: Tenant) -> None:
-    repo = "acme/kept"
+    repo = downloaded(serving, "kept")
     uri = f"hf://{repo}"
-    serving.hub.add(repo, files(repo))
-    known(serving, "kept", repo)
-    model = serving.want("kept", repo)
-    serving.wait_downloaded("kept")
+    model = on_host("/models") / layout.model(cache_key(uri))
     pod = tenant.create(tenant.predictor("p", uri, NAMES)).wait_running(SERVER)
     serving.forget("kept")
     until(lambda: "kept" not in serving.status(), serving.describe)
@@ -356,12 +343,8 @@ def test_a_plain_deployment_names_its_model(serving: Agent, tenant: Tenant) -> N
 
 
 def test_without_a_controller_pods_are_as_they_were(serving: Agent, tenant: Tenant) -> None:
-    repo = "acme/alone"
+    repo = downloaded(serving, "alone")
     uri = f"hf://{repo}"
-    serving.hub.add(repo, files(repo))
-    known(serving, "alone", repo)
-    serving.want("alone", repo)
-    serving.wait_downloaded("alone")
     scale(serving, 0)
     try:
         pod = tenant.predictor("p", uri, NAMES)

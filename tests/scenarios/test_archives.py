@@ -14,7 +14,6 @@ import pytest
 
 from agent import layout, manifest
 from agent.errors import AgentError, Reason
-from agent.fetch import Tally
 from agent.model import (
     Digest,
     Ingest,
@@ -27,6 +26,7 @@ from agent.model import (
 )
 from agent.phases import Phase
 from agent.store import Store
+from agent.tally import Tally
 from agent.transfer import archives
 from agent.wishes import Desired
 from tests.edges.volume import check_offers, sha256

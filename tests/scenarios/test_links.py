@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 
+from agent.catalog import Versions
 from agent.errors import AgentError, Reason
 from agent.events import Event
-from agent.fetch import Tally
 from agent.files import Files
 from agent.manifest import Manifest
 from agent.model import (
@@ -25,7 +25,8 @@ from agent.model import (
     cache_key,
 )
 from agent.phases import Phase
-from agent.store import Store, Versions
+from agent.store import Store
+from agent.tally import Tally
 from tests.edges.downloads import git_sha1, noise, sha256
 from tests.edges.volume import Mortal, check_offers, mode_of, snapshot, write
 from tests.scenarios.volume import Volume

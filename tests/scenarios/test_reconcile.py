@@ -14,13 +14,14 @@ from types import SimpleNamespace
 import pytest
 
 from agent import layout
+from agent.catalog import Versions
 from agent.errors import AgentError, Reason
 from agent.events import Event
 from agent.files import Files
 from agent.manifest import Manifest
 from agent.model import ModelRef, Want, cache_key
 from agent.phases import Phase
-from agent.store import Store, Versions
+from agent.store import Store
 from agent.wishes import Desired
 from tests.fakes.source import Operation
 from tests.scenarios.volume import Volume
