@@ -238,7 +238,7 @@ class ControllerSettings:
         " nothing where it runs",
         parse=_one_of(Mode),
     )
-    listen: str = _setting("host:port of the hook, by TLS", default="0.0.0.0:9443")
+    listen: str = _setting("host:port of the hook, by TLS", default=":9443")
     health_listen: str = _setting(
         "host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810"
     )
@@ -290,11 +290,12 @@ class ControllerSettings:
 
 
 def listen_address(text: str, flag: str = "--listen") -> tuple[str, int]:
-    """`host:port` or `[v6]:port`. Raises InvalidSpec naming the flag."""
+    """`host:port` or `[v6]:port`; or `:port` for all addresses of both kinds, whose host is "".
+    Raises InvalidSpec naming the flag."""
     host, separator, port = text.rpartition(":")
     if not separator or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise _invalid(f"{flag} {text!r} must be host:port, for example 127.0.0.1:9810")
-    return host.strip("[]") or "0.0.0.0", int(port)
+        raise _invalid(f"{flag} {text!r} must be host:port, for example 127.0.0.1:9810, or :port")
+    return host.strip("[]"), int(port)
 
 
 def variable_of(setting: "Field[Any]") -> str:

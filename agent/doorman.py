@@ -16,13 +16,15 @@ class Doorman(socket.socket):
     """Bound, listening, for `asyncio` to accept from. Raises OSError where it cannot be bound."""
 
     def __init__(self, host: str, port: int, *, most: int) -> None:
-        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        """`host` "" is all addresses of this machine, by IPv4 and IPv6."""
+        v6 = ":" in host or (not host and socket.has_dualstack_ipv6())
+        super().__init__(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM)
         self._most = most
         self._open: dict[socket.socket, str] = {}
         try:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self.family == socket.AF_INET6:
-                self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if v6:
+                self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(host))
             self.bind((host, port))
             self.listen(_BACKLOG)
             self.setblocking(False)

@@ -96,7 +96,7 @@ class _Asked:
             raise _Left(Why.NOT_OURS)
         self._check_opt_outs()
         if any(name_of(volume) == VOLUME for volume in self._volumes()):
-            raise _Left(Why.DONE)
+            return self._completed(initializer)
         compared = [self.spec.get(name) for name in ("nodeSelector", "affinity", "tolerations")]
         if len(json.dumps(compared)) > _MOST_SCHEDULING:
             raise _Left(Why.ODD, "it has so many tolerations or so much affinity")
@@ -152,32 +152,49 @@ class _Asked:
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
         ]
-        whole = {"name": VOLUME, "mountPath": MOUNT}
-        patch += self._with_mount(f"/spec/initContainers/{index}", initializer, whole)
-        made = {_shown(mount) for mount in mounts(initializer) if not mount.get("readOnly")}
-        for path, container in containers(self.spec):
-            if container is not initializer and volumes & set(map(name_of, mounts(container))):
-                patch += self._with_mount(path, container, whole, made=made)
+        patch += self._with_mount(f"/spec/initContainers/{index}", initializer, _WHOLE)
+        patch += self._with_links(volumes, initializer)
         keys = tuple(sorted({cache.key for cache in taken.values()}))
         patch += self._preferring(keys, group)
         return self._mutation(
             patch, keys, group, f"wrapped: {few(taken)} from the cache of {group}"
         )
 
+    def _completed(self, initializer: tuple[int, Json] | None) -> Mutation:
+        """Another webhook may have added a container since, which finds nothing but links there."""
+        note = self.notes.get(INJECTED)
+        if initializer is None or note is None:
+            raise _Left(Why.DONE)
+        pairs = _pairs(initializer[1].get("args") or ())
+        volumes = {_volume_of(place, initializer[1]) for _, place in pairs} & self.scratch
+        patch = self._with_links(volumes, initializer[1])
+        if not patch:
+            raise _Left(Why.DONE)
+        keys = tuple(map(CacheKey, str(self.notes.get(KEYS) or "").split(",")))
+        claims = {_claim(v).get("claimName") for v in self._volumes() if name_of(v) == VOLUME}
+        groups = [group for group in self.world.groups if claim_name(group) in claims]
+        return Mutation(patch=tuple(patch), note=str(note), keys=keys, group="".join(groups[:1]))
+
+    def _with_links(self, volumes: Container[str], initializer: Json) -> list[Json]:
+        """The whole claim in each other container that mounts one of these, and has it not yet."""
+        made = {_shown(mount) for mount in mounts(initializer) if not mount.get("readOnly")}
+        patch: list[Json] = []
+        for path, container in containers(self.spec):
+            names = set(map(name_of, mounts(container)))
+            if container is initializer or VOLUME in names:
+                continue
+            if any(name in volumes for name in names):
+                patch += self._with_mount(path, container, _WHOLE, made=made)
+        return patch
+
     def _destinations(self, initializer: Json, places: Iterable[str]) -> set[str]:
         """The volumes that these are in. Links are for this pod: in a volume that outlives it, or
         that others mount, they would lead nowhere."""
-        found = {_directory(mount.get("mountPath")): mount for mount in mounts(initializer)}
-        volumes = set()
-        for place in map(_directory, places):
-            around = [directory for directory in found if place.startswith(directory)]
-            if not around:
-                continue
-            volume = name_of(found[max(around, key=len)])
-            if volume not in self.scratch:
+        found = {place: _volume_of(place, initializer) for place in places}
+        for place, volume in found.items():
+            if volume and volume not in self.scratch:
                 raise _Left(Why.ODD, f"the volume {volume} of {place} is no emptyDir")
-            volumes.add(volume)
-        return volumes
+        return {volume for volume in found.values() if volume}
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         """Of an image that nobody knows it is not known either whether it has a shell to run the
@@ -391,7 +408,16 @@ class _Asked:
         return Mutation(patch=tuple(patch), note=note, keys=keys, group=group)
 
 
+_WHOLE: Json = {"name": VOLUME, "mountPath": MOUNT}
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
+
+def _volume_of(place: str, container: Json) -> str:
+    """The name of the volume that a path of a container is in; "" for none."""
+    directory = _directory(place)
+    found = {_directory(mount.get("mountPath")): name_of(mount) for mount in mounts(container)}
+    around = [path for path in found if directory.startswith(path)]
+    return found[max(around, key=len)] if around else ""
 
 
 def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:

@@ -131,7 +131,7 @@ def test_the_probes_ask_what_the_agent_serves(pod: dict[str, Any]) -> None:
     assert agent["readinessProbe"]["httpGet"]["path"] == "/readyz"
     (port,) = agent["ports"]
     assert port["name"] == agent["livenessProbe"]["httpGet"]["port"] == "metrics"
-    assert f"--listen=0.0.0.0:{port['containerPort']}" in agent["args"]
+    assert f"--listen=:{port['containerPort']}" in agent["args"]
 
 
 # -- the controller ------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ def test_the_service_leads_to_the_hook(
     (container,) = template["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert [(port["port"], port["targetPort"]) for port in service["ports"]] == [(443, "hook")]
-    assert f"--listen=0.0.0.0:{ports['hook']}" in container["args"]
-    assert f"--health-listen=0.0.0.0:{ports['metrics']}" in container["args"]
+    assert f"--listen=:{ports['hook']}" in container["args"]
+    assert f"--health-listen=:{ports['metrics']}" in container["args"]
     assert container["readinessProbe"]["httpGet"] == {
         **{"path": "/readyz", "port": "metrics", "scheme": "HTTP"}
     }

@@ -99,7 +99,7 @@ def test_any_text_is_a_size_or_a_value_error(text: str) -> None:
     ("text", "address"),
     [
         ("127.0.0.1:0", ("127.0.0.1", 0)),
-        (":9810", ("0.0.0.0", 9810)),
+        (":9810", ("", 9810)),
         ("[::1]:80", ("::1", 80)),
         ("localhost:65535", ("localhost", 65535)),
     ],

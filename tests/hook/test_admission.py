@@ -128,6 +128,19 @@ def test_whoever_mounts_the_destination_sees_the_cache_and_nobody_else() -> None
     assert _seeing(after) == {"storage-initializer", "kserve-container"}
 
 
+def test_a_container_that_others_add_after_us_sees_the_cache_as_well() -> None:
+    """The hook is called again then (`reinvocationPolicy: IfNeeded`)."""
+    pod = helped(golden("uncached-hf"))
+    (server,) = pod["spec"]["containers"]
+    (there,) = [mount for mount in server["volumeMounts"] if mount["mountPath"] == "/mnt/models"]
+    before = _seeing(pod)
+    for name, mounts in (("late", [there]), ("mesh", [])):
+        pod["spec"]["containers"].append({"name": name, "image": "x", "volumeMounts": mounts})
+    whole = helped(pod)
+    assert _seeing(whole) == before | {"late"}
+    assert whole["metadata"] == pod["metadata"]
+
+
 def test_a_pod_of_an_llm_inference_service() -> None:
     """It has no annotations at all, and its server is called main."""
     pod = golden("llmisvc")
@@ -237,7 +250,7 @@ def test_links_are_for_a_volume_that_ends_with_the_pod() -> None:
     volume = pod["spec"]["volumes"][-1]
     del volume["emptyDir"]
     volume["persistentVolumeClaim"] = {"claimName": "mine"}
-    assert left(pod).detail == f"the volume {volume['name']} of /mnt/models/ is no emptyDir"
+    assert left(pod).detail == f"the volume {volume['name']} of /mnt/models is no emptyDir"
     inner = {"name": "inner", "mountPath": "/mnt/models/llama"}
     pod["spec"]["volumes"].append({"name": "inner", "emptyDir": {}})
     initializer, server = pod["spec"]["initContainers"][0], pod["spec"]["containers"][0]
