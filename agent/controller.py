@@ -270,8 +270,9 @@ class Controller:
             return None
         if self.able.is_set():
             return "it is about to end"
-        waits = [] if self.tls.certificate else ["waits for a certificate"]
-        return "; ".join(["waits for the API server", *waits, *self._watched.failures])
+        waits = [] if self._watched.listed else ["waits for the API server"]
+        waits += [] if self.tls.certificate else ["waits for a certificate"]
+        return "; ".join([*waits, *self._watched.failures]) or "it is about to answer"
 
     def _tell(self, error: AgentError) -> None:
         _log.warning("%s", error.message)

@@ -12,13 +12,21 @@ nodes live, and the pod can run on no other nodes or names the group itself.
 """
 
 import json
-import posixpath
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+from agent.hook.asked import (
+    MOST_MODELS,
+    Left,
+    check_not_expanded,
+    check_places,
+    directory_of,
+    named_in,
+    pairs_of,
+    volume_of,
+    wait_seconds,
+)
 from agent.hook.decisions import Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allowed
@@ -28,9 +36,8 @@ from agent.hook.wrapper import Pair, command
 from agent.kube import podspec
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
-from agent.kube.podspec import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL, sources
+from agent.kube.podspec import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL
 from agent.model import CacheKey, cache_key, claim_name
-from agent.quantities import parse_duration
 
 VOLUME = "localmodel-cache"
 MOUNT = "/mnt/localmodel"
@@ -38,12 +45,10 @@ MOUNT = "/mnt/localmodel"
 
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
-_WAIT_SECONDS = 30 * 60
 _MOST_PAGE = 100 * 1024  # bytes: Linux takes no argument of 128 KiB, and starts nothing then
 _MOST_ANNOTATIONS = 256 * 1024  # bytes of all that an object has; the API server's own limit
 _MOST_MOUNTS = 1000  # that are added to one pod
 _MOST_SCHEDULING = 16 * 1024  # bytes of what each node is compared with
-_MOST_MODELS = 100  # of one pod: others wait while it is admitted
 _MOST_NODES = 100  # in the preference: a pod's spec is no place for a thousand names
 
 
@@ -64,16 +69,8 @@ def mutate(pod: Json, world: World, *, namespace: str) -> Mutation | Skip:
     )
     try:
         return asked.answer()
-    except _Left as left:
+    except Left as left:
         return left.skip
-
-
-class _Left(Exception):
-    """A reason to leave the pod, found anywhere on the way to its patch."""
-
-    def __init__(self, why: Why, detail: str = "") -> None:
-        super().__init__(why)
-        self.skip = Skip(why=why, detail=detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +87,16 @@ class _Asked:
 
     def answer(self) -> Mutation:
         initializer = self._initializer()
-        named = _named(self.notes)
+        named = named_in(self.notes)
         rewritten = self._rewritten()
         if initializer is None and not named and rewritten is None:
-            raise _Left(Why.NOT_OURS)
+            raise Left(Why.NOT_OURS)
         self._check_opt_outs()
         if any(name_of(volume) == VOLUME for volume in self._volumes()):
             return self._completed(initializer)
         compared = [self.spec.get(name) for name in ("nodeSelector", "affinity", "tolerations")]
         if len(json.dumps(compared)) > _MOST_SCHEDULING:
-            raise _Left(Why.ODD, "it has so many tolerations or so much affinity")
+            raise Left(Why.ODD, "it has so many tolerations or so much affinity")
         if initializer is not None:
             return self._wrapped(*initializer)
         if rewritten is not None:
@@ -108,9 +105,9 @@ class _Asked:
 
     def _check_opt_outs(self) -> None:
         if podspec.is_disabled(self.notes):
-            raise _Left(Why.DISABLED)
+            raise Left(Why.DISABLED)
         if podspec.writes(self.notes):
-            raise _Left(Why.WRITES)
+            raise Left(Why.WRITES)
 
     def _volumes(self) -> Sequence[Json]:
         return self.spec.get("volumes") or ()
@@ -124,14 +121,14 @@ class _Asked:
         return None
 
     def _wrapped(self, index: int, initializer: Json) -> Mutation:
-        pairs = _pairs(initializer.get("args") or ())
+        pairs = pairs_of(initializer.get("args") or ())
         variables = {name_of(v): _value(v) for v in initializer.get("env") or ()}
         found = self._cached(uri for uri, _ in pairs)
         if not found:
-            raise _Left(Why.NO_CACHE)
-        _check_not_expanded(initializer)
+            raise Left(Why.NO_CACHE)
+        check_not_expanded(initializer)
         if variables.get("CONFIDENTIAL_ENABLED", "").lower() not in ("", "false"):
-            raise _Left(Why.CONFIDENTIAL)
+            raise Left(Why.CONFIDENTIAL)
         self._check_patterns(initializer, variables, found.values())
         entrypoint = self._entrypoint(initializer)
         group = self._group(list(found.values()))
@@ -143,11 +140,11 @@ class _Asked:
                 for uri, cache in taken.items()
             ],
             root=MOUNT,
-            limit_seconds=_wait_seconds(self.notes.get(f"{PREFIX}/wait")),
+            limit_seconds=wait_seconds(self.notes.get(f"{PREFIX}/wait")),
             entrypoint=entrypoint,
         )
         if len(wrapped[2].encode(errors="replace")) > _MOST_PAGE:
-            raise _Left(Why.ODD, "its arguments are so long")
+            raise Left(Why.ODD, "its arguments are so long")
         patch = [
             *self._with_volume(group),
             put("command" in initializer, f"/spec/initContainers/{index}/command", wrapped),
@@ -164,12 +161,12 @@ class _Asked:
         """Another webhook may have added a container since, which finds nothing but links there."""
         note = self.notes.get(INJECTED)
         if initializer is None or note is None:
-            raise _Left(Why.DONE)
-        pairs = _pairs(initializer[1].get("args") or ())
-        volumes = {_volume_of(place, initializer[1]) for _, place in pairs} & self.scratch
+            raise Left(Why.DONE)
+        pairs = pairs_of(initializer[1].get("args") or ())
+        volumes = {volume_of(place, initializer[1]) for _, place in pairs} & self.scratch
         patch = self._with_links(volumes, initializer[1])
         if not patch:
-            raise _Left(Why.DONE)
+            raise Left(Why.DONE)
         keys = tuple(map(CacheKey, str(self.notes.get(KEYS) or "").split(",")))
         claims = {_claim(v).get("claimName") for v in self._volumes() if name_of(v) == VOLUME}
         groups = [group for group in self.world.groups if claim_name(group) in claims]
@@ -190,10 +187,10 @@ class _Asked:
     def _destinations(self, initializer: Json, places: Iterable[str]) -> set[str]:
         """The volumes that these are in. Links are for this pod: in a volume that outlives it, or
         that others mount, they would lead nowhere."""
-        found = {place: _volume_of(place, initializer) for place in places}
+        found = {place: volume_of(place, initializer) for place in places}
         for place, volume in found.items():
             if volume and volume not in self.scratch:
-                raise _Left(Why.ODD, f"the volume {volume} of {place} is no emptyDir")
+                raise Left(Why.ODD, f"the volume {volume} of {place} is no emptyDir")
         return {volume for volume in found.values() if volume}
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
@@ -202,7 +199,7 @@ class _Asked:
         image = str(initializer.get("image") or "")
         name = image.partition("@")[0].rpartition("/")[2].partition(":")[0]
         if name not in self.world.entrypoints:
-            raise _Left(Why.UNKNOWN_IMAGE, image)
+            raise Left(Why.UNKNOWN_IMAGE, image)
         command = initializer.get("command")
         return [str(word) for word in command] if command else self.world.entrypoints[name]
 
@@ -216,7 +213,7 @@ class _Asked:
         if any(name.startswith(prefix) for name in PATTERNS for prefix in prefixes):
             chooses.append("envFrom")
         if chooses or any(cache.include or cache.exclude for cache in caches):
-            raise _Left(Why.PATTERNS, ", ".join(chooses))
+            raise Left(Why.PATTERNS, ", ".join(chooses))
 
     # -- KServe has rewritten the pod -------------------------------------------------------------
 
@@ -235,7 +232,7 @@ class _Asked:
     def _kept_from_writing(self, index: int) -> Mutation:
         uri = str(self.notes.get(f"{_KSERVE}/localmodel-sourceuri") or "")
         if not uri:
-            raise _Left(Why.ODD, "it does not say which model KServe gave it")
+            raise Left(Why.ODD, "it does not say which model KServe gave it")
         patch: list[Json] = []
         claim = _claim(self._volumes()[index])
         if claim.get("readOnly") is not True:
@@ -243,7 +240,7 @@ class _Asked:
             patch.append(put("readOnly" in claim, path, True))
         patch += self._mended(uri)
         if not patch:
-            raise _Left(Why.DONE)
+            raise Left(Why.DONE)
         # KServe's name for it is CACHE-GROUP, and either may hold a hyphen.
         group = str(claim.get("claimName")).removeprefix(f"{self.labels[KSERVE_LABEL]}-")
         known = group if group in self.world.groups else ""
@@ -264,18 +261,18 @@ class _Asked:
 
     def _mounted(self, named: Mapping[str, tuple[str, str]]) -> Mutation:
         if self.namespace not in self.world.inject:
-            raise _Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
-        if len(named) > _MOST_MODELS:
-            raise _Left(Why.ODD, f"it names more than {_MOST_MODELS} models")
+            raise Left(Why.NO_CLAIM, f"the namespace has no label {PREFIX}/inject: enabled")
+        if len(named) > MOST_MODELS:
+            raise Left(Why.ODD, f"it names more than {MOST_MODELS} models")
         found = self._cached(uri for uri, _ in named.values())
         if missing := sorted({uri for uri, _ in named.values()} - found.keys()):
-            raise _Left(Why.NO_SUCH_CACHE, few(missing))
+            raise Left(Why.NO_SUCH_CACHE, few(missing))
         group = self._group(list(found.values()))
         if not all(group in cache.groups for cache in found.values()):
-            raise _Left(Why.NO_SUCH_CACHE, "no one node group has all of them")
+            raise Left(Why.NO_SUCH_CACHE, "no one node group has all of them")
         if len(named) * len(containers(self.spec)) > _MOST_MOUNTS:
-            raise _Left(Why.ODD, "so many models in so many containers")
-        _check_places([place for _, place in named.values()])
+            raise Left(Why.ODD, "so many models in so many containers")
+        check_places([place for _, place in named.values()])
         mounted = [
             {"name": VOLUME, "mountPath": place, "subPath": found[uri].part(uri)}
             for uri, place in named.values()
@@ -317,7 +314,7 @@ class _Asked:
             known = [group for group in known if group == named]
         if not known:
             detail = f"not in the node group {named}" if named else "its node groups do not exist"
-            raise _Left(Why.NO_SUCH_CACHE, detail)
+            raise Left(Why.NO_SUCH_CACHE, detail)
         known.sort(key=lambda group: -sum(group in cache.groups for cache in caches))
         places = allowed(self.spec, self.world.nodes)
         refusals = []
@@ -328,18 +325,18 @@ class _Asked:
             refusals.append(refusal)
         raise refusals[0]
 
-    def _refusal(self, group: str, places: frozenset[str], *, named: bool) -> "_Left | None":
+    def _refusal(self, group: str, places: frozenset[str], *, named: bool) -> "Left | None":
         if (self.namespace, group) not in self.world.claims:
-            return _Left(Why.NO_CLAIM, f"{claim_name(group)} in {self.namespace}")
+            return Left(Why.NO_CLAIM, f"{claim_name(group)} in {self.namespace}")
         nodes = self.world.in_group(group)
         if not nodes:
-            return _Left(Why.NO_AGENT, f"no node of {group} is Ready")
+            return Left(Why.NO_AGENT, f"no node of {group} is Ready")
         if silent := sorted(nodes - self.world.live):
-            return _Left(Why.NO_AGENT, few(silent))
+            return Left(Why.NO_AGENT, few(silent))
         if named and not places & nodes:
-            return _Left(Why.ODD, f"it names the group {group}, and can run on no node of it")
+            return Left(Why.ODD, f"it names the group {group}, and can run on no node of it")
         if not named and (not places or places - nodes):
-            return _Left(Why.OTHER_NODES, few(sorted(places - nodes)) or "no node is known")
+            return Left(Why.OTHER_NODES, few(sorted(places - nodes)) or "no node is known")
         return None
 
     # -- the patch --------------------------------------------------------------------------------
@@ -358,15 +355,15 @@ class _Asked:
         leave it there. `made` is what a container mounts that ran before, and made it."""
         places = [(mount, mount.get("mountPath")) for mount in mounts(container)]
         places += [(item, item.get("devicePath")) for item in container.get("volumeDevices") or ()]
-        ours = tuple(_directory(mount["mountPath"]) for mount in added)
+        ours = tuple(directory_of(mount["mountPath"]) for mount in added)
         for other, place in places:
-            directory = _directory(place)
+            directory = directory_of(place)
             writable = not other.get("readOnly") or _shown(other) in made
             room = name_of(other) in self.scratch and writable
             if directory.startswith(ours) or (
                 not room and any(one.startswith(directory) for one in ours)
             ):
-                raise _Left(Why.ODD, f"{name_of(container)} has something at {place}")
+                raise Left(Why.ODD, f"{name_of(container)} has something at {place}")
         return append(
             container, path, "volumeMounts", *({**mount, "readOnly": True} for mount in added)
         )
@@ -395,7 +392,7 @@ class _Asked:
     ) -> Mutation:
         written = {INJECTED: note, KEYS: ",".join(keys)}
         if _bytes({**self.notes, **written}) > _MOST_ANNOTATIONS:
-            raise _Left(Why.ODD, "its annotations leave no room for ours")
+            raise Left(Why.ODD, "its annotations leave no room for ours")
         metadata = self.pod.get("metadata")
         if metadata is None:
             patch.append({"op": "add", "path": "/metadata", "value": {"annotations": written}})
@@ -412,76 +409,10 @@ _WHOLE: Json = {"name": VOLUME, "mountPath": MOUNT}
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 
-def _volume_of(place: str, container: Json) -> str:
-    """The name of the volume that a path of a container is in; "" for none."""
-    directory = _directory(place)
-    found = {_directory(mount.get("mountPath")): name_of(mount) for mount in mounts(container)}
-    around = [path for path in found if directory.startswith(path)]
-    return found[max(around, key=len)] if around else ""
-
-
-def _pairs(arguments: Sequence[Any]) -> list[tuple[str, str]]:
-    """`uri destination uri destination`. Raises _Left for anything else."""
-    words = [str(word) for word in arguments]
-    pairs = list(zip(words[::2], words[1::2], strict=False))
-    places = [place for _, place in pairs]
-    if len(places) > _MOST_MODELS:
-        raise _Left(Why.ODD, f"it has more than {_MOST_MODELS} models")
-    if len(words) % 2 or not pairs or len({uri for uri, _ in pairs}) < len(pairs):
-        raise _Left(Why.ODD, "the initializer's arguments are no pairs")
-    _check_places(places)
-    return pairs
-
-
-def _check_not_expanded(initializer: Json) -> None:
-    """Raise _Left for what kubelet makes other words of, `$(NAME)` and `$$`: nobody can say here
-    what they will be."""
-    for word in (*(initializer.get("command") or ()), *(initializer.get("args") or ())):
-        if "$(" in str(word) or "$$" in str(word):
-            raise _Left(Why.ODD, f"{word} is another word when the pod starts")
-
-
-def _check_places(places: Sequence[str]) -> None:
-    """Raise _Left where one is in another, or two are the same: what one pair leaves to the
-    original would be written over the links of the other."""
-    for place in places:
-        if not place.startswith("/") or _normal(place) == "/":
-            raise _Left(Why.ODD, f"{place} is no absolute path of a directory")
-    found = sorted(map(_directory, places))
-    for outer, inner in pairwise(found):  # what is below a path comes next to it
-        if inner.startswith(outer):
-            raise _Left(Why.ODD, f"{outer} holds another model")
-
-
 def _only(node: str) -> Json:
     """The API takes one name in a term, no more."""
     field = {"key": "metadata.name", "operator": "In", "values": [node]}
     return {"matchFields": [field]}
-
-
-def _named(notes: Json) -> dict[str, tuple[str, str]]:
-    """The models that annotations name: URI and mount path, by the name behind the dot."""
-    return {
-        name: (uri, _normal(str(notes.get(f"{PREFIX}/mount-path{name}") or "/mnt/models")))
-        for name, uri in sources(notes).items()
-    }
-
-
-def _normal(path: str) -> str:
-    """Without what makes two paths of one: POSIX lets two slashes at the beginning mean more."""
-    return re.sub("^//", "/", posixpath.normpath(path))
-
-
-def _wait_seconds(text: Any) -> int:
-    try:
-        return int(parse_duration(str(text))) if text else _WAIT_SECONDS
-    except ValueError:
-        return _WAIT_SECONDS
-
-
-def _directory(path: Any) -> str:
-    """To be compared with the beginning of another path."""
-    return f"{_normal(str(path)).rstrip('/')}/"
 
 
 def _bytes(notes: Json) -> int:

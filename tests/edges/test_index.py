@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from agent.errors import AgentError, Reason
-from agent.index import Index, migrations
+from agent.index import Index
 from agent.model import Asked, Attempt, CacheKey, Entry, ModelRef, Past
+from agent.schema import migrations
 from tests.edges.volume import UNSHARE, fill, in_child, mounted, needs_mounts
 
 A, B, C = (
