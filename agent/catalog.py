@@ -51,7 +51,8 @@ class Catalog:
         """Every sealed model with the time of its last use, Unix seconds, in the order of keys.
 
         May run beside everything else: the manifest is read first and the directory looked at
-        second, the reverse of how `seal` makes them and the order in which a retire takes them.
+        second, the reverse of how `Store.seal` makes them and the order in which a retire takes
+        them.
         """
         for name in trees.names(self.root / layout.MANIFESTS):
             if layout.is_key(name):
@@ -123,10 +124,11 @@ class Catalog:
         )
 
     def salvaged(self) -> list[CacheKey]:
-        """Files of ours whose manifest was damaged (`recover`), and that nobody has asked for yet.
+        """Files of ours whose manifest was damaged (`Store.recover`), and that nobody has asked for
+        yet.
 
-        `begin` takes them over, to be re-hashed; `abandon` gives them up. Only the caller knows
-        whether a pod still reads them.
+        `Store.begin` takes them over, to be re-hashed; `Store.abandon` gives them up. Only the
+        caller knows whether a pod still reads them.
         """
         keys = (
             CacheKey(name) for name in trees.names(self.root / layout.INGEST) if layout.is_key(name)

@@ -105,7 +105,10 @@ class Settings:
         parse=_boolean,
         default=False,
     )
-    listen: str = _setting("host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810")
+    listen: str = _setting(
+        "[host]:port of /metrics, /healthz and /readyz; no host: all addresses",
+        default="127.0.0.1:9810",
+    )
     connections: int = _setting("files in flight at once, over all models", parse=int, default=8)
     max_fetches: int = _setting("models in flight at once", parse=int, default=2)
     max_rate: int | None = _setting(
@@ -238,9 +241,12 @@ class ControllerSettings:
         " nothing where it runs",
         parse=_one_of(Mode),
     )
-    listen: str = _setting("host:port of the hook, by TLS", default=":9443")
+    listen: str = _setting(
+        "[host]:port of the hook, by TLS; no host: all addresses", default=":9443"
+    )
     health_listen: str = _setting(
-        "host:port of /metrics, /healthz and /readyz", default="127.0.0.1:9810"
+        "[host]:port of /metrics, /healthz and /readyz; no host: all addresses",
+        default="127.0.0.1:9810",
     )
     names: tuple[str, ...] = _setting(
         "what the API server calls the hook by, separated by commas (default: the names of the"

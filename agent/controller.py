@@ -269,10 +269,10 @@ class Controller:
         if self.serving:
             return None
         if self.able.is_set():
-            return "it is about to end"
+            return "it is about to begin, or to end"
         waits = [] if self._watched.listed else ["waits for the API server"]
         waits += [] if self.tls.certificate else ["waits for a certificate"]
-        return "; ".join([*waits, *self._watched.failures]) or "it is about to answer"
+        return "; ".join([*waits, *self._watched.failures])
 
     def _tell(self, error: AgentError) -> None:
         _log.warning("%s", error.message)

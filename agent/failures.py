@@ -36,7 +36,7 @@ class Failures:
         self._failing: dict[CacheKey, Attempt] = {}
 
     async def open(self) -> dict[CacheKey, Attempt]:
-        """Learn those of an earlier life; all of them."""
+        """Learn those of an earlier life. Returns all, also what is tried again at once."""
         found = await self._index.attempts()
         # A restart is a reason to try what would otherwise never be tried again.
         self._known.attempts = {k: a for k, a in found.items() if a.retry_at != inf}

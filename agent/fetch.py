@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from agent import manifest
 from agent.catalog import Versions
 from agent.errors import AgentError, Reason
 from agent.examine import Findings, by_name, examine, refuse
-from agent.links import Copies, Links, Suspected
+from agent.links import Copies, Links, Suspected, each
 from agent.manifest import Manifest
 from agent.metrics import Metrics
 from agent.model import (
@@ -33,7 +34,6 @@ from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.sources.base import pin
 from agent.store import Store
 from agent.tally import Tally
-from agent.tasks import each
 from agent.threads import changing, looking
 from agent.transfer import Engine, FileJob
 from agent.unpack import Unpacker
@@ -332,8 +332,8 @@ class Fetcher:
         if digest is not None:
             tally.add(archive.size, 0)
         else:
-            digest = received = await self._receive(source, listing, archive, path, tally)
-            await looking(lambda: self._note_proven(path, received, path))
+            digest = await self._receive(source, listing, archive, path, tally)
+            await looking(partial(self._note_proven, path, digest, path))
         return replace(archive, digest=Digest("sha256", digest))
 
     async def _look_inside(

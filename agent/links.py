@@ -4,7 +4,8 @@ Of other models, or of what another agent left in this one's place. Each is hash
 is given: pods may be able to write into it.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from agent.errors import AgentError, Reason
@@ -13,7 +14,6 @@ from agent.model import CacheKey, Listing, RemoteFile
 from agent.proven import Proven, version
 from agent.store import Store
 from agent.tally import Tally
-from agent.tasks import each
 from agent.threads import changing, looking
 from agent.transfer import Engine
 
@@ -23,6 +23,11 @@ Copies = dict[tuple[str, int], list[tuple[CacheKey, str]]]
 Suspected = Callable[[CacheKey, list[str]], None]
 """Told, on the loop, of files of a sealed model, or of what another agent left in the place of one,
 whose bytes turned out wrong."""
+
+# What one file's failure says about all others too: going on would only repeat it.
+_HOPELESS = frozenset(
+    {Reason.DISK_FULL, Reason.READ_ONLY, Reason.PERMISSION_DENIED, Reason.DISK_ERROR}
+)
 
 _HASHES = 5  # of one file, while others give it names
 
@@ -136,6 +141,33 @@ class Links:
             if digest is None or await looking(lambda: _ctime(source)) == before:
                 return digest
         raise AgentError(Reason.SOURCE_CHANGED, f"{source} changed each time that it was hashed")
+
+
+async def each(files: Iterable[RemoteFile], act: Callable[[RemoteFile], Awaitable[None]]) -> None:
+    """Act on all files at once, and raise the first failure when all have ended.
+
+    One file's failure does not stop the others, unless it is the disk's: bytes that come now need
+    not come after the back-off.
+    """
+    failures: list[AgentError] = []
+
+    async def one(file: RemoteFile) -> None:
+        try:
+            await act(file)
+        except AgentError as error:
+            failures.append(error)
+            if error.reason in _HOPELESS:
+                raise
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            # The largest first: the last connection busy should not be on a whole shard.
+            for file in sorted(files, key=lambda file: -file.size):
+                group.create_task(one(file))
+    except* AgentError:
+        pass  # in `failures`, like those that did not stop the group
+    if failures:
+        raise failures[0]
 
 
 def _places(file: RemoteFile, copies: Copies) -> list[tuple[CacheKey, str]]:

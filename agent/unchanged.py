@@ -18,8 +18,7 @@ class Unchanged(Generic[T]):
         self._since = since
 
     def seconds(self, value: T | None, now: float) -> float:
-        """Since when it is this value; `now` and the answer are seconds, `now` monotonic. None is
-        never the same."""
+        """For how long it is this value, in seconds; `now` is monotonic. None is never the same."""
         if value is None or value != self._value:
             self._value, self._since = value, now
         return now - self._since

@@ -387,8 +387,8 @@ def cache_yaml(name: str, uri: str, **annotations: str) -> str:
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """Every file below a directory, by its relative path. None, where another one takes its place
-    while this looks: who waits for that asks again."""
+    """Every file below a directory, by its relative path. Of no file, where another directory takes
+    its place while this looks: who waits for that asks again."""
     try:
         return {
             str(path.relative_to(root)): path.read_bytes()

@@ -2,6 +2,7 @@
 
 review       an AdmissionReview as it comes -> the answer as it goes
 admission    a pod and the world -> Mutation | Skip
+asked        which models a pod names, and where they are to be
 decisions    what may become of a pod, with the table of reasons
 wrapper      the page of sh that a wrapped storage initializer runs
 advice       what a pod is warned of

@@ -12,37 +12,38 @@ nodes live, and the pod can run on no other nodes or names the group itself.
 """
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from agent.hook.asked import (
     MOST_MODELS,
-    Left,
     check_not_expanded,
     check_places,
     directory_of,
     named_in,
     pairs_of,
-    volume_of,
+    volumes_of,
     wait_seconds,
 )
-from agent.hook.decisions import Mutation, Skip, Why
+from agent.hook.decisions import Left, Mutation, Skip, Why
 from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allowed
 from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
-from agent.hook.wrapper import Pair, command
+from agent.hook.wrapper import Pair, command, serves
 from agent.kube import podspec
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
 from agent.kube.podspec import INITIALIZER, INJECTED, KEYS, KSERVE_CLAIM, KSERVE_LABEL
+from agent.layout import is_key
 from agent.model import CacheKey, cache_key, claim_name
 
 VOLUME = "localmodel-cache"
 MOUNT = "/mnt/localmodel"
 """Where the whole claim is in a wrapped pod: the same path in all containers, for the links."""
 
+_WHOLE: Json = {"name": VOLUME, "mountPath": MOUNT}
 _KSERVE = "internal.serving.kserve.io"
 _NODE_GROUP = "serving.kserve.io/nodegroup"
 _MOST_PAGE = 100 * 1024  # bytes: Linux takes no argument of 128 KiB, and starts nothing then
@@ -93,7 +94,7 @@ class _Asked:
             raise Left(Why.NOT_OURS)
         self._check_opt_outs()
         if any(name_of(volume) == VOLUME for volume in self._volumes()):
-            return self._completed(initializer)
+            return self._completed(initializer[1] if initializer is not None else None)
         compared = [self.spec.get(name) for name in ("nodeSelector", "affinity", "tolerations")]
         if len(json.dumps(compared)) > _MOST_SCHEDULING:
             raise Left(Why.ODD, "it has so many tolerations or so much affinity")
@@ -157,41 +158,43 @@ class _Asked:
             patch, keys, group, f"wrapped: {few(taken)} from the cache of {group}"
         )
 
-    def _completed(self, initializer: tuple[int, Json] | None) -> Mutation:
+    def _completed(self, initializer: Json | None) -> Mutation:
         """Another webhook may have added a container since, which finds nothing but links there."""
-        note = self.notes.get(INJECTED)
-        if initializer is None or note is None:
+        page = (initializer or {}).get("command") or ()
+        words = [str(word) for word in (initializer or {}).get("args") or ()]
+        pairs = zip(words[: 2 * MOST_MODELS : 2], words[1::2], strict=False)
+        linked = [place for uri, place in pairs if serves(page, uri)]
+        if initializer is None or not linked:
             raise Left(Why.DONE)
-        pairs = pairs_of(initializer[1].get("args") or ())
-        volumes = {volume_of(place, initializer[1]) for _, place in pairs} & self.scratch
-        patch = self._with_links(volumes, initializer[1])
+        volumes = self.scratch.intersection(volumes_of(linked, initializer).values())
+        patch = self._with_links(volumes, initializer)
         if not patch:
             raise Left(Why.DONE)
-        keys = tuple(map(CacheKey, str(self.notes.get(KEYS) or "").split(",")))
-        claims = {_claim(v).get("claimName") for v in self._volumes() if name_of(v) == VOLUME}
-        groups = [group for group in self.world.groups if claim_name(group) in claims]
-        return Mutation(patch=tuple(patch), note=str(note), keys=keys, group="".join(groups[:1]))
+        keys = tuple(filter(is_key, str(self.notes.get(KEYS) or "").split(",")))
+        claims = [_claim(v).get("claimName") for v in self._volumes() if name_of(v) == VOLUME]
+        group = next((name for name in self.world.groups if claim_name(name) in claims), "")
+        note = "mounted in containers that others added"
+        return Mutation(patch=tuple(patch), note=note, keys=tuple(map(CacheKey, keys)), group=group)
 
-    def _with_links(self, volumes: Container[str], initializer: Json) -> list[Json]:
+    def _with_links(self, volumes: Set[str], initializer: Json) -> list[Json]:
         """The whole claim in each other container that mounts one of these, and has it not yet."""
-        made = {_shown(mount) for mount in mounts(initializer) if not mount.get("readOnly")}
         patch: list[Json] = []
-        for path, container in containers(self.spec):
-            names = set(map(name_of, mounts(container)))
-            if container is initializer or VOLUME in names:
-                continue
-            if any(name in volumes for name in names):
+        made: Set[tuple[str, Any, Any]] = frozenset()
+        for path, container in containers(self.spec):  # as they are started
+            if container is initializer:
+                made = {_shown(mount) for mount in mounts(container) if not mount.get("readOnly")}
+            elif not (volumes.isdisjoint(map(name_of, mounts(container))) or _has_whole(container)):
                 patch += self._with_mount(path, container, _WHOLE, made=made)
         return patch
 
-    def _destinations(self, initializer: Json, places: Iterable[str]) -> set[str]:
+    def _destinations(self, initializer: Json, places: Iterable[str]) -> Set[str]:
         """The volumes that these are in. Links are for this pod: in a volume that outlives it, or
         that others mount, they would lead nowhere."""
-        found = {place: volume_of(place, initializer) for place in places}
+        found = volumes_of(places, initializer)
         for place, volume in found.items():
-            if volume and volume not in self.scratch:
+            if volume not in self.scratch:
                 raise Left(Why.ODD, f"the volume {volume} of {place} is no emptyDir")
-        return {volume for volume in found.values() if volume}
+        return set(found.values())
 
     def _entrypoint(self, initializer: Json) -> Sequence[str]:
         """Of an image that nobody knows it is not known either whether it has a shell to run the
@@ -325,7 +328,7 @@ class _Asked:
             refusals.append(refusal)
         raise refusals[0]
 
-    def _refusal(self, group: str, places: frozenset[str], *, named: bool) -> "Left | None":
+    def _refusal(self, group: str, places: frozenset[str], *, named: bool) -> Left | None:
         if (self.namespace, group) not in self.world.claims:
             return Left(Why.NO_CLAIM, f"{claim_name(group)} in {self.namespace}")
         nodes = self.world.in_group(group)
@@ -405,7 +408,6 @@ class _Asked:
         return Mutation(patch=tuple(patch), note=note, keys=keys, group=group)
 
 
-_WHOLE: Json = {"name": VOLUME, "mountPath": MOUNT}
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 
@@ -419,6 +421,11 @@ def _bytes(notes: Json) -> int:
     """What annotations take, as the API server counts them."""
     words = (word for note in notes.items() for word in map(str, note))
     return sum(len(word.encode(errors="replace")) for word in words)
+
+
+def _has_whole(container: Json) -> bool:
+    """Whether the links lead somewhere in this container."""
+    return any((name_of(m), m.get("mountPath")) == (VOLUME, MOUNT) for m in mounts(container))
 
 
 def _shown(mount: Json) -> tuple[str, Any, Any]:

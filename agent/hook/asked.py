@@ -2,11 +2,11 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from agent.hook.decisions import Skip, Why
+from agent.hook.decisions import Left, Why
 from agent.hook.spec import Json, mounts, name_of
 from agent.kube.parse import ANNOTATIONS as PREFIX
 from agent.kube.podspec import sources
@@ -17,20 +17,15 @@ MOST_MODELS = 100  # of one pod: others wait while it is admitted
 _WAIT_SECONDS = 30 * 60
 
 
-class Left(Exception):
-    """A reason to leave the pod, found anywhere on the way to its patch."""
-
-    def __init__(self, why: Why, detail: str = "") -> None:
-        super().__init__(why)
-        self.skip = Skip(why=why, detail=detail)
-
-
-def volume_of(place: str, container: Json) -> str:
-    """The name of the volume that a path of a container is in; "" for none."""
-    directory = directory_of(place)
+def volumes_of(places: Iterable[str], container: Json) -> dict[str, str]:
+    """By path in a container, the name of the volume that it is in; without those in none."""
     found = {directory_of(mount.get("mountPath")): name_of(mount) for mount in mounts(container)}
-    around = [path for path in found if directory.startswith(path)]
-    return found[max(around, key=len)] if around else ""
+    volumes = {}
+    for place in places:
+        directory = directory_of(place)
+        if around := [path for path in found if directory.startswith(path)]:
+            volumes[place] = found[max(around, key=len)]
+    return volumes
 
 
 def pairs_of(arguments: Sequence[Any]) -> list[tuple[str, str]]:

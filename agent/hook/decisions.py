@@ -106,3 +106,11 @@ class Skip:
         advice = f"; {explained.advice}" if explained.advice else ""
         room = WARNING - len(said) - len(advice) - 2
         return f"{said}{f': {cut(self.detail, room)}' if self.detail else ''}{advice}"
+
+
+class Left(Exception):
+    """A reason to leave the pod, found anywhere on the way to its patch."""
+
+    def __init__(self, why: Why, detail: str = "") -> None:
+        super().__init__(why)
+        self.skip = Skip(why=why, detail=detail)

@@ -43,7 +43,7 @@ def command(
     """The container's `command`; its `args` stay as they are. `root` is where the cache is mounted,
     `limit_seconds` how long to wait at most for all pairs together."""
     known = "\n".join(
-        f"    {shlex.quote(pair.uri)}) key={pair.key} cached={shlex.quote(pair.cached)}"
+        f"{_case(pair.uri)}{pair.key} cached={shlex.quote(pair.cached)}"
         f" rest={shlex.quote(pair.rest)} ;;"
         for pair in pairs
     )
@@ -60,7 +60,21 @@ def command(
     }
     # In one pass: a URI or an entrypoint may hold any of these names.
     script = re.sub("@([A-Z]+)@", lambda found: words[found[1]], _SCRIPT)
-    return ["sh", "-c", script, "localmodel"]
+    return [*_SHELL, script, _NAME]
+
+
+def serves(command: Sequence[object], uri: str) -> bool:
+    """Whether a container's `command` is such a page, and this URI is one of the cache's in it."""
+    words = [str(word) for word in command]
+    ours = len(words) == 4 and words[:2] == _SHELL and words[3] == _NAME
+    return ours and f"\n{_case(uri)}" in words[2]
+
+
+def _case(uri: str) -> str:
+    return f"    {shlex.quote(uri)}) key="
+
+
+_SHELL, _NAME = ["sh", "-c"], "localmodel"
 
 
 _SCRIPT = """\

@@ -1,4 +1,4 @@
-"""Kubernetes objects -> our nouns. The only file that knows field names of a custom resource."""
+"""Custom resources -> our nouns: the only file that knows their field names. Pods: `podspec`."""
 
 import json
 import re

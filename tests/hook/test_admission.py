@@ -1,5 +1,6 @@
 """What becomes of a pod: the recorded ones of KServe, one decision each, and then all others."""
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -139,6 +140,70 @@ def test_a_container_that_others_add_after_us_sees_the_cache_as_well() -> None:
     whole = helped(pod)
     assert _seeing(whole) == before | {"late"}
     assert whole["metadata"] == pod["metadata"]
+
+
+def _late(pod: dict[str, Any], *mounts: tuple[str, str]) -> dict[str, Any]:
+    """With a container more, as another webhook adds one."""
+    pod = copy.deepcopy(pod)
+    found = [{"name": name, "mountPath": path} for name, path in mounts]
+    pod["spec"]["containers"].append({"name": "late", "image": "x", "volumeMounts": found})
+    return pod
+
+
+def _two_models(*uris: str) -> dict[str, Any]:
+    """Each in a volume of its own."""
+    pod = golden("uncached-hf")
+    (initializer,) = pod["spec"]["initContainers"]
+    initializer["args"] = [word for n, uri in enumerate(uris) for word in (uri, f"/mnt/{n}")]
+    initializer["volumeMounts"] = [
+        {"name": f"v{n}", "mountPath": f"/mnt/{n}"} for n in range(len(uris))
+    ]
+    pod["spec"]["volumes"] += [{"name": f"v{n}", "emptyDir": {}} for n in range(len(uris))]
+    return pod
+
+
+def test_what_has_no_links_is_not_completed() -> None:
+    """Nor is it odd: it was helped before, and needs nothing."""
+    pod = helped(_two_models(LLAMA, "hf://nobody/asked"))
+    assert left(_late(pod, ("v1", "/mnt/1"))) == Skip(why=Why.DONE)
+    assert left(_late(pod, ("v1", "/mnt/1"), ("devshm", MOUNT))) == Skip(why=Why.DONE)
+    assert _seeing(helped(_late(pod, ("v0", "/mnt/0")))) >= {"late"}
+
+
+@pytest.mark.parametrize("arguments", [None, [], ["hf://x/y"], [LLAMA, "/mnt/models"], [7, None]])
+@pytest.mark.parametrize("claim", ["own", {"a": 1}, None])
+def test_whoever_says_that_he_was_helped_is_believed(arguments: Any, claim: Any) -> None:
+    """What we did is in the command of the initializer, and nowhere else."""
+    pod = golden("uncached-hf")
+    pod["metadata"]["annotations"]["localmodel-agent.io/injected"] = "wrapped"
+    own = {"name": VOLUME, "persistentVolumeClaim": {"claimName": claim}}
+    pod["spec"]["volumes"] += [own, own]
+    pod["spec"]["initContainers"][0]["args"] = arguments
+    assert left(_late(pod, ("kserve-provision-location", "/mnt/models"))) == Skip(why=Why.DONE)
+    pod["spec"]["initContainers"] = None
+    assert left(_late(pod, ("kserve-provision-location", "/mnt/models"))).why in (
+        Why.DONE,
+        Why.NOT_OURS,
+    )
+
+
+def test_a_container_that_has_the_cache_elsewhere_does_not_have_it() -> None:
+    pod = _late(
+        helped(golden("uncached-hf")), ("kserve-provision-location", "/mnt/models"), (VOLUME, "/x")
+    )
+    assert "late" in _seeing(helped(pod))
+
+
+def test_who_runs_before_the_initializer_finds_no_directory_of_it() -> None:
+    """The mount would be on a directory that is not there yet: the runtime makes none on a volume
+    that is read-only."""
+    pod = _two_models(LLAMA)
+    pod["spec"]["initContainers"][0]["volumeMounts"] = [{"name": "v0", "mountPath": "/mnt"}]
+    early = {"name": "v0", "mountPath": "/mnt", "readOnly": True}
+    pod["spec"]["containers"].append({"name": "server", "image": "x", "volumeMounts": [early]})
+    assert "server" in _seeing(helped(pod))
+    pod["spec"]["initContainers"].insert(0, {"name": "e", "image": "x", "volumeMounts": [early]})
+    assert left(pod).why is Why.ODD
 
 
 def test_a_pod_of_an_llm_inference_service() -> None:
@@ -555,6 +620,22 @@ def test_nobody_waits_for_a_pod_with_thousands_of_volumes_or_names() -> None:
     begun = time.process_time()
     assert isinstance(admit(pod), Mutation)
     assert left(names, replace(WORLD, caches=caches)).why is Why.ODD
+    assert time.process_time() - begun < 2
+
+
+def test_nobody_waits_for_a_pod_with_many_places_in_an_initializer_with_many_mounts() -> None:
+    """Ten seconds, when each place looked through all mounts anew."""
+    pod = golden("uncached-hf")
+    (initializer,) = pod["spec"]["initContainers"]
+    (mount,) = initializer["volumeMounts"]
+    models = [(f"hf://no/body-{n}", f"/mnt/other/{n}") for n in range(99)]
+    initializer["args"] += [word for pair in models for word in pair]
+    initializer["volumeMounts"] += [{**mount, "mountPath": f"/m/{n}"} for n in range(30_000)]
+    begun = time.process_time()
+    assert isinstance(admit(pod), Mutation)
+    pod["spec"]["volumes"].append({"name": VOLUME})
+    pod["metadata"]["annotations"]["localmodel-agent.io/injected"] = "forged"
+    assert left(pod).why is Why.DONE
     assert time.process_time() - begun < 2
 
 

@@ -482,7 +482,7 @@ async def test_what_is_another_users_is_served_and_the_way_out_is_said(
     volume: Volume, stranger: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave(volume.store.root, LEFT)
-    monkeypatch.setattr("agent.store.os.geteuid", lambda: stranger)
+    monkeypatch.setattr("agent.catalog.os.geteuid", lambda: stranger)
     async with volume.turning():
         volume.want(URI)
         await volume.until(lambda: volume.reconciler.facts()[KEY].block)
@@ -494,7 +494,7 @@ async def test_what_is_another_users_is_served_and_the_way_out_is_said(
         assert "prepare --adopt" in status.message
         assert located(volume) == []
         # Its files change hands, and the next look goes on by itself.
-        monkeypatch.setattr("agent.store.os.geteuid", lambda: 0)
+        monkeypatch.setattr("agent.catalog.os.geteuid", lambda: 0)
         await volume.turn()
         await volume.reach(URI, Phase.READY)
     assert located(volume) == []
@@ -504,7 +504,7 @@ async def test_no_room_is_made_for_what_could_not_take_its_place(
     volume: Volume, stranger: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave(volume.store.root, {"config.json": b"{}"})
-    monkeypatch.setattr("agent.store.os.geteuid", lambda: stranger)
+    monkeypatch.setattr("agent.catalog.os.geteuid", lambda: stranger)
     async with volume.turning():
         volume.want(URI)
         await volume.until(lambda: volume.reconciler.facts()[KEY].block)
