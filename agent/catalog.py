@@ -7,7 +7,7 @@ worker thread, and may run beside all that the volume's owner does.
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from agent import layout, manifest, pinned, trees
@@ -250,18 +250,6 @@ class Catalog:
         return [name for name in found if not layout.is_key(name)]
 
     # -- as `recover` wants it ------------------------------------------------------------------
-
-    def _notes(self) -> dict[CacheKey, set[str]]:
-        """By key, which of "manifest", "sealing", "retiring" are there."""
-        notes: dict[CacheKey, set[str]] = {}
-        for name in trees.names(self.root / layout.MANIFESTS):
-            if (known := layout.key_of_manifest(name)) is not None:
-                notes.setdefault(known[0], set()).add(known[1])
-        return notes
-
-    def _keys(self, notes: Iterable[CacheKey]) -> list[CacheKey]:
-        names = {*trees.names(self.root / layout.MODELS), *trees.names(self.root / layout.INGEST)}
-        return sorted({CacheKey(name) for name in names if layout.is_key(name)} | set(notes))
 
     def _found_of(self, key: CacheKey, notes: set[str]) -> Found:
         good = {note for note in notes if self._note(_NOTES[note](key), key) is not None}

@@ -15,6 +15,7 @@ from agent import manifest
 from agent.catalog import Versions
 from agent.errors import AgentError, Reason
 from agent.examine import Findings, by_name, examine, refuse
+from agent.files import version_here
 from agent.links import Copies, Links, Suspected, each
 from agent.manifest import Manifest
 from agent.metrics import Metrics
@@ -28,7 +29,7 @@ from agent.model import (
     Stage,
     Want,
 )
-from agent.proven import Proven, version
+from agent.proven import Proven
 from agent.ratelimits import RateLimits
 from agent.sources import OWN, SCHEMES, Given, Source, Sources
 from agent.sources.base import pin
@@ -237,16 +238,16 @@ class Fetcher:
         return digests
 
     def _note_proven(self, path: Path, digest: str, found_at: Path) -> None:
-        self._proven.note(path, digest, version=version(found_at))
+        self._proven.note(path, digest, version=version_here(found_at))
 
     async def _here(
         self, listing: Listing, file: RemoteFile, copies: Copies, beside: bool, tally: Tally
     ) -> str | None:
         """The digest of a file that need not be brought; of a wrong one, nothing is left."""
         key, proven = listing.key, self._store.tree(listing.key) / file.path
-        found = await looking(lambda: self._store.version(key, file.path))
-        if found is not None:
-            if (digest := await self._found(proven, found, file)) is not None:
+        version = await looking(lambda: self._store.version(key, file.path))
+        if version is not None:
+            if (digest := await self._found(proven, version, file)) is not None:
                 tally.add(file.size, 0)
                 return digest
             await changing(lambda: self._store.discard(key, file.path))
@@ -328,7 +329,7 @@ class Fetcher:
     ) -> RemoteFile:
         """Bring the archive of a listing; the same with the SHA-256 of what was brought."""
         path = self._store.archive(listing.key)
-        digest = self._proven.digest(path, await looking(lambda: version(path)))
+        digest = self._proven.digest(path, await looking(lambda: version_here(path)))
         if digest is not None:
             tally.add(archive.size, 0)
         else:
@@ -349,18 +350,18 @@ class Fetcher:
         await changing(lambda: self._store.begin(found))
         await self._links.link_all(found, tally)
 
-    async def _found(self, path: Path, found: str, file: RemoteFile) -> str | None:
+    async def _found(self, path: Path, version: str, file: RemoteFile) -> str | None:
         """The digest of a file that is in the tree already; None if it must be brought.
 
         What an earlier life wrote is believed only after a hash, and only where a digest was
         promised: without one there is nothing to compare it with.
         """
-        known = self._proven.digest(path, found)
+        known = self._proven.digest(path, version)
         if known is not None or file.digest is None:
             return known
         digest = await self._engine.hash(path, size=file.size, promised=file.digest)
         if digest is not None:
-            self._proven.note(path, digest, version=found)
+            self._proven.note(path, digest, version=version)
         return digest
 
     def _versions(self, proven: Manifest) -> Versions:

@@ -66,6 +66,14 @@ def version_at(path: Path, below: Path) -> str | None:
     return None
 
 
+def version_here(path: Path) -> str | None:
+    """The version of a file, whatever leads to it; of a symlink its own. None: there is none."""
+    try:
+        return version_of(path.lstat())
+    except OSError:
+        return None
+
+
 def seconds_of(found: os.stat_result) -> int:
     """When a file was written, whole Unix seconds, rounded down: as a float it may round up."""
     return found.st_mtime_ns // 10**9

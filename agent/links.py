@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from agent.errors import AgentError, Reason
+from agent.files import version_here
 from agent.metrics import Metrics
 from agent.model import CacheKey, Listing, RemoteFile
-from agent.proven import Proven, version
+from agent.proven import Proven
 from agent.store import Store
 from agent.tally import Tally
 from agent.threads import changing, looking
@@ -82,18 +83,14 @@ class Links:
         Of that, where the source promises nothing, the size is all there is to compare: the
         manifest says so (`-`), as of any file of such a source.
         """
-        store, counted = self._store, self._metrics
-        if beside:
-            digest = await self._give(listing, file, listing.key, file.path, store.adopt)
-            if digest is not None:
+        adopt, link = self._store.adopt, self._store.link
+        adopted, linked = self._metrics.adopted_bytes, self._metrics.linked_bytes
+        places = [(listing.key, file.path, adopt, adopted)] if beside else []
+        places += [(key, path, link, linked) for key, path in _places(file, copies)]
+        for key, path, give, counter in places:
+            if (digest := await self._give(listing, file, key, path, give)) is not None:
                 tally.link(file.size)
-                counted.adopted_bytes.inc(file.size)
-                return digest
-        for key, path in _places(file, copies):
-            digest = await self._give(listing, file, key, path, store.link)
-            if digest is not None:
-                tally.link(file.size)
-                counted.linked_bytes.inc(file.size)
+                counter.inc(file.size)
                 return digest
         return None
 
@@ -103,8 +100,8 @@ class Links:
         """Link a file that has a model's place, and whose every byte was hashed just now; its
         digest."""
         source = self._store.model(key) / path
-        found = await looking(lambda: version(source))
-        if found is None or found in self._unlinkable:
+        version = await looking(lambda: version_here(source))
+        if version is None or version in self._unlinkable:
             return None
         try:
             digest = await self._hashed(source, file)
@@ -112,18 +109,18 @@ class Links:
             return None
         if digest is None:
             # Of another version, it was retired or mended while we read.
-            if await looking(lambda: version(source)) == found:
+            if await looking(lambda: version_here(source)) == version:
                 self._suspected(key, [path])
             return None
         if not await changing(lambda: give(listing.key, file.path, source)):
-            self._unlinkable.add(found)
+            self._unlinkable.add(version)
             return None
         target = self._store.tree(listing.key) / file.path
         # Not the very file that was hashed?
-        if await looking(lambda: self._store.version(listing.key, file.path)) != found:
+        if await looking(lambda: self._store.version(listing.key, file.path)) != version:
             await changing(lambda: self._store.discard(listing.key, file.path))
             return None
-        self._proven.note(target, digest, version=found)
+        self._proven.note(target, digest, version=version)
         return digest
 
     async def _hashed(self, source: Path, file: RemoteFile) -> str | None:

@@ -7,7 +7,6 @@ wrong would have its whole model hashed again at every try.
 from pathlib import Path
 
 from agent.catalog import Versions
-from agent.files import version_of
 from agent.manifest import Manifest
 
 
@@ -34,11 +33,3 @@ class Proven:
     def forget(self, *places: Path) -> None:
         for place in places:
             self._known.pop(place, None)
-
-
-def version(path: Path) -> str | None:
-    """Of the file at a path, not by way of a symlink; None if there is no such file."""
-    try:
-        return version_of(path.lstat())
-    except OSError:
-        return None

@@ -7,7 +7,7 @@ volume, held by `lock`.
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -487,6 +487,18 @@ class Store(Catalog):
         if "sealing" in notes and not found.sealing:
             self._drop_note(layout.sealing(key))  # cut off while it was written: it says nothing
         return Fix.REPORT_FOREIGN in fixes or trees.is_odd(self.model(key))
+
+    def _notes(self) -> dict[CacheKey, set[str]]:
+        """By key, which of "manifest", "sealing", "retiring" are there."""
+        notes: dict[CacheKey, set[str]] = {}
+        for name in trees.names(self.root / layout.MANIFESTS):
+            if (known := layout.key_of_manifest(name)) is not None:
+                notes.setdefault(known[0], set()).add(known[1])
+        return notes
+
+    def _keys(self, notes: Iterable[CacheKey]) -> list[CacheKey]:
+        names = {*trees.names(self.root / layout.MODELS), *trees.names(self.root / layout.INGEST)}
+        return sorted({CacheKey(name) for name in names if layout.is_key(name)} | set(notes))
 
     def _fix(self, key: CacheKey, fix: Fix) -> None:
         act: dict[Fix, Callable[[], None]] = {

@@ -161,25 +161,25 @@ class _Disk:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._store = Catalog(settings.root)
+        self._catalog = Catalog(settings.root)
 
     async def models(self) -> AsyncGenerator[Event, None]:
         facts = {}
         for key, ingest in self._ingests().items():
             facts[key] = Facts(key=key, ref=ingest.ref, wanted=False, ingest=ingest)
-        for key, found, used in self._store.manifests():
-            damaged = bool(self._store.damage(key, found))
+        for key, found, used in self._catalog.manifests():
+            damaged = bool(self._catalog.damage(key, found))
             entry = found.entry(last_used=used)
             facts[key] = Facts(key=key, ref=found.ref, wanted=False, entry=entry, damaged=damaged)
         for key in sorted(facts):
-            event = model_event(facts[key], path=str(self._store.model(key)))
+            event = model_event(facts[key], path=str(self._catalog.model(key)))
             if event is not None:
                 yield event
 
     def _ingests(self) -> dict[CacheKey, Ingest]:
         """Partial files are the agent's own: to another user there are none."""
         try:
-            return self._store.ingests()
+            return self._catalog.ingests()
         except AgentError as error:
             if error.reason is not Reason.PERMISSION_DENIED:
                 raise
@@ -189,7 +189,7 @@ class _Disk:
         from agent.transfer import Engine
         from agent.verify import damaged
 
-        sealed = {key: found for key, found, _ in self._store.manifests()}
+        sealed = {key: found for key, found, _ in self._catalog.manifests()}
         engine = Engine(connections=self._settings.connections)
         try:
             keys = select({k: found.ref for k, found in sealed.items()}, request.get("models"))
@@ -197,5 +197,5 @@ class _Disk:
             yield error_event(error)
             return
         for key in keys:
-            bad = await damaged(engine, self._store.model(key), sealed[key])
+            bad = await damaged(engine, self._catalog.model(key), sealed[key])
             yield verified_event(sealed[key], bad)

@@ -176,35 +176,35 @@ def index(scene: Scene) -> Check:
 
 def models(scene: Scene) -> Check:
     """The manifests, and whether what they speak of is there: names and sizes, no byte is read."""
-    store = Catalog(scene.root)
+    catalog = Catalog(scene.root)
     notes = [
         CacheKey(name) for name in trees.names(scene.root / layout.MANIFESTS) if layout.is_key(name)
     ]
-    found = {key: manifest for key, manifest, _ in store.manifests()}
+    found = {key: manifest for key, manifest, _ in catalog.manifests()}
     count = f"{len(found)} on offer, {quantity(sum(known.bytes for known in found.values()))}"
     problems: list[tuple[Level, str, str]] = [(OK, count, "")]
-    unread = [key for key in notes if key not in found and store.manifest(key) is None]
+    unread = [key for key in notes if key not in found and catalog.manifest(key) is None]
     if unread:
         advice = "restart the agent: it proves their files again"
         problems.append((WARN, f"manifests that cannot be read: {some(unread)}", advice))
     if lost := [key for key in notes if key not in found and key not in unread]:
         advice = "the agent withdraws them and fetches what is asked for"
         problems.append((WARN, f"manifests without a model: {some(lost)}", advice))
-    if broken := [key for key, known in found.items() if _is_broken(store, key, known)]:
+    if broken := [key for key, known in found.items() if _is_broken(catalog, key, known)]:
         advice = "`localmodel verify --repair` with their keys"
         seen = f"files missing, cut or written to: {some(broken)}"
         problems.append((FAIL, seen, advice))
     return Check("models", *worst(problems))
 
 
-def _is_broken(store: Catalog, key: CacheKey, found: Manifest) -> bool:
+def _is_broken(catalog: Catalog, key: CacheKey, found: Manifest) -> bool:
     """Not, if it was retired while we looked."""
-    return bool(store.damage(key, found)) and store.manifest(key) is not None
+    return bool(catalog.damage(key, found)) and catalog.manifest(key) is not None
 
 
 def foreign(scene: Scene) -> Check:
     """What is among the models and this agent never made."""
-    name, store = "foreign", Catalog(scene.root)
+    name, catalog = "foreign", Catalog(scene.root)
     left, empty = [], []
     for entry in trees.names(scene.root / layout.MODELS):
         if not layout.is_key(entry):
@@ -225,10 +225,10 @@ def foreign(scene: Scene) -> Check:
             "the agent takes over what a cache asks for; move the others away, if no pod reads them"
         )
         problems.append((WARN, f"{len(left)} without a manifest: {some(left)}", advice))
-    if stuck := [key for key in left if _is_stuck(store, key)]:
+    if stuck := [key for key in left if _is_stuck(catalog, key)]:
         advice = "`localmodel prepare --adopt`, as root, gives them to the agent"
         problems.append((WARN, f"another user's, or not to be taken over: {some(stuck)}", advice))
-    if strangers := store.strangers():
+    if strangers := catalog.strangers():
         advice = (
             "remove them when no pod reads them: nothing asks for models by such names any more"
         )
@@ -239,16 +239,16 @@ def foreign(scene: Scene) -> Check:
     return Check(name, *worst(problems))
 
 
-def _is_stuck(store: Catalog, key: CacheKey) -> bool:
+def _is_stuck(catalog: Catalog, key: CacheKey) -> bool:
     """Whether the agent, whose `models/` is, cannot take it over: only root and itself see that."""
-    agents = (store.root / layout.MODELS).lstat().st_uid
-    found = store.foreign(key, user=agents) if os.geteuid() in (0, agents) else None
+    agents = (catalog.root / layout.MODELS).lstat().st_uid
+    found = catalog.foreign(key, user=agents) if os.geteuid() in (0, agents) else None
     return found is not None and bool(found.obstacle)
 
 
 def leftovers(scene: Scene) -> Check:
     """What takes room and is no model: begun, salvaged, retired."""
-    name, store = "leftovers", Catalog(scene.root)
+    name, catalog = "leftovers", Catalog(scene.root)
     try:
         begun = trees.names(scene.root / layout.INGEST)
         retired = trees.names(scene.root / layout.TRASH)
@@ -259,7 +259,7 @@ def leftovers(scene: Scene) -> Check:
         return Check(name, WARN, "partial files are the agent's own", advice)
     problems: list[tuple[Level, str, str]] = []
     if begun:
-        salvaged, known = store.salvaged(), store.ingests()
+        salvaged, known = catalog.salvaged(), catalog.ingests()
         taken = quantity(_taken(scene.root / layout.INGEST))
         problems.append((OK, f"{len(begun)} begun ({taken}): the next pull goes on there", ""))
         if salvaged:

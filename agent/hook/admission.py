@@ -31,7 +31,7 @@ from agent.hook.patch import append, escaped, put
 from agent.hook.scheduling import allowed
 from agent.hook.spec import Json, containers, few, mounts, name_of
 from agent.hook.world import Cache, World
-from agent.hook.wrapper import Pair, command, serves
+from agent.hook.wrapper import Pair, command, served
 from agent.kube import podspec
 from agent.kube.credentials import PATTERNS
 from agent.kube.parse import ANNOTATIONS as PREFIX
@@ -160,12 +160,11 @@ class _Asked:
 
     def _completed(self, initializer: Json | None) -> Mutation:
         """Another webhook may have added a container since, which finds nothing but links there."""
-        page = (initializer or {}).get("command") or ()
-        words = [str(word) for word in (initializer or {}).get("args") or ()]
-        pairs = zip(words[: 2 * MOST_MODELS : 2], words[1::2], strict=False)
-        linked = [place for uri, place in pairs if serves(page, uri)]
-        if initializer is None or not linked:
+        if initializer is None:
             raise Left(Why.DONE)
+        words = [str(word) for word in (initializer.get("args") or ())[: 2 * MOST_MODELS]]
+        places = dict(zip(words[::2], words[1::2], strict=False))
+        linked = [places[uri] for uri in served(initializer.get("command") or (), places)]
         volumes = self.scratch.intersection(volumes_of(linked, initializer).values())
         patch = self._with_links(volumes, initializer)
         if not patch:

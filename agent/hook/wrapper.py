@@ -11,7 +11,7 @@ the shells of dash, busybox and bash have in common. It runs as any user, withou
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agent import layout
@@ -63,11 +63,12 @@ def command(
     return [*_SHELL, script, _NAME]
 
 
-def serves(command: Sequence[object], uri: str) -> bool:
-    """Whether a container's `command` is such a page, and this URI is one of the cache's in it."""
-    words = [str(word) for word in command]
-    ours = len(words) == 4 and words[:2] == _SHELL and words[3] == _NAME
-    return ours and f"\n{_case(uri)}" in words[2]
+def served(command: Sequence[object], uris: Iterable[str]) -> frozenset[str]:
+    """Those that a container's `command` takes from the cache; none, if it is no page of ours."""
+    if len(command) != 4 or [*command[:2], command[3]] != [*_SHELL, _NAME]:
+        return frozenset()
+    page = str(command[2])
+    return frozenset(uri for uri in uris if f"\n{_case(uri)}" in page)
 
 
 def _case(uri: str) -> str:
